@@ -1,0 +1,159 @@
+"""What every misf command shares: options, logging to stderr, one line and the right exit code for a known failure.
+
+    @command("misf-thing")
+    @click.argument("model")
+    def main(model: str) -> int | None:
+        '''Do the thing.'''
+        log.info("goes to stderr")      # log = logging.getLogger(__name__)
+        raise MisfError("one line; exit code 1")
+
+The function may return its exit code (None is 0). Imports stay light: click only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from .errors import MisfError
+
+FAILURE = 1
+BATCH_FAILURES = 5
+INTERRUPTED = 130
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+log = logging.getLogger("misf")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message as one line: 'FILE: reason' for an OSError, never empty."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError):
+        text = str(error) or "out of memory"
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def misf_version() -> str:
+    """Return the installed version of misf."""
+    from importlib.metadata import version
+
+    return version("misf")
+
+
+def print_json(document: object) -> None:
+    """Print the one JSON document of a command on stdout."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def wants_progress_bar() -> bool:
+    """Return whether stderr is a terminal and the user wants to hear of progress."""
+    return sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever sys.stderr is now, so that progress bars and test runners may replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        click.echo(prefix + self.format(record), err=True)
+
+
+def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:
+    """Send the log of misf to stderr: flags win over MISF_LOG_LEVEL, which wins over INFO.
+
+    Raises ValueError for an unknown MISF_LOG_LEVEL.
+    """
+    level = "DEBUG" if verbose else "ERROR" if quiet else os.environ.get("MISF_LOG_LEVEL", "").upper() or "INFO"
+    if level not in LOG_LEVELS:
+        raise ValueError(f"MISF_LOG_LEVEL is {level!r}: expected one of {', '.join(LOG_LEVELS)}")
+    for handler in [handler for handler in log.handlers if isinstance(handler, _StderrHandler)]:
+        log.removeHandler(handler)
+    log.addHandler(_StderrHandler())
+    log.setLevel(level)
+    log.propagate = False
+
+
+class Command(click.Command):
+    """A click command with -v, -q, --version and -h, whose known failures are one line on stderr and our exit code."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        settings.setdefault("context_settings", {}).setdefault("help_option_names", ["-h", "--help"])
+        super().__init__(*args, **settings)
+        self.params += [
+            click.Option(["-v", "--verbose"], is_flag=True, help="Say more, with tracebacks of known failures."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="Say only errors."),
+            click.Option(
+                ["--version"],
+                is_flag=True,
+                is_eager=True,
+                expose_value=False,
+                callback=_print_version,
+                help="Print the version and exit.",
+            ),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Return what the command's function returns, after setting up the log."""
+        set_up_logging(ctx.params.pop("verbose"), ctx.params.pop("quiet"))
+        return super().invoke(ctx)
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the command and exit with its code."""
+        run: Callable[..., Any] = super().main
+        if not settings.pop("standalone_mode", True):
+            return run(*args, standalone_mode=False, **settings)
+        name = settings.get("prog_name") or self.name or "misf"
+        previous = _terminate_by_exception()
+        try:
+            code = run(*args, standalone_mode=False, **settings)
+        except click.ClickException as error:
+            hint = f" (see {name} --help)" if isinstance(error, click.UsageError) else ""
+            _fail(f"{name}: {' '.join(error.format_message().split())}{hint}", error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail(f"{name}: interrupted", INTERRUPTED)
+        except (MisfError, ValueError, OSError, MemoryError) as error:
+            log.debug("the failure in full:", exc_info=True)
+            _fail(f"{name}: {one_line(error)}", getattr(error, "exit_code", FAILURE))
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Command]:
+    """Return a decorator like click.command() that makes our Command."""
+    return click.command(name, cls=Command, **settings)
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"{ctx.command.name} {misf_version()}")
+        ctx.exit()
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    click.echo(line, err=True)
+    sys.exit(code)
+
+
+def _terminate_by_exception() -> Any:
+    """Turn SIGTERM into SystemExit, so that temporary files are removed; return the handler that was set before."""
+
+    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    try:
+        return signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        return None
