@@ -1,0 +1,1 @@
+"""What all parts of misf share: the dynamic filter and the error classes."""

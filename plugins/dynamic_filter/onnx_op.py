@@ -1,0 +1,121 @@
+"""The ONNX node misf::DynamicFilter: its schema, and its function body in standard ops.
+
+The body goes into the model as a local function, so that any ONNX runtime runs the file without our libraries;
+a runtime that knows the op takes its own implementation instead. Definition: `op.py`.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, defs, parser
+
+OP_TYPE = "DynamicFilter"
+DOMAIN = "misf"
+DOMAIN_VERSION = 1
+OPSET = 20
+"""Standard opset of the body and of our models. The body needs 18 (Split-less, CastLike, Pad with axes)."""
+
+# Read by TensorRT's ONNX parser: from 10.15 on a node with this attribute becomes the plugin of that namespace
+# where one is registered, and the local function where none is.
+PLUGIN_ATTRIBUTES = {"plugin_namespace": "misf", "plugin_version": "1"}
+
+
+def register_schema() -> None:
+    """Make onnx know the op, so that onnx.checker and onnxscript accept it; does nothing the second time."""
+    if defs.has(OP_TYPE, DOMAIN):
+        return
+    schema = defs.OpSchema
+    defs.register_schema(
+        schema(
+            OP_TYPE,
+            DOMAIN,
+            DOMAIN_VERSION,
+            doc="Every pixel of every channel is filtered with its own kernel_size x kernel_size filter.",
+            inputs=[schema.FormalParameter("features", "T"), schema.FormalParameter("taps", "T")],
+            outputs=[schema.FormalParameter("output", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "float types")],
+            attributes=[
+                schema.Attribute("kernel_size", defs.OpSchema.AttrType.INT, "K, odd", required=True),
+                schema.Attribute("share", defs.OpSchema.AttrType.INT, "taps per channel of `taps`", required=True),
+                schema.Attribute("plugin_namespace", defs.OpSchema.AttrType.STRING, "for TensorRT", required=False),
+                schema.Attribute("plugin_version", defs.OpSchema.AttrType.STRING, "for TensorRT", required=False),
+            ],
+        )
+    )
+
+
+def function_body(kernel_size: int) -> FunctionProto:
+    """Return the op as an ONNX function for one kernel size, any `share`, channels, height and width.
+
+    ONNX functions cannot loop over an attribute without an (slow) `Loop`, so the kernel_size**2 products are written
+    out; `attach_function` refuses models whose nodes disagree with it. Products are summed in float32.
+    """
+    area = kernel_size**2
+    lines = [
+        "source = Cast <to = 1> (features)",
+        "weights = Cast <to = 1> (taps)",
+        "zero = Constant <value = int64 {0}> ()",
+        "one = Constant <value = int64 {1}> ()",
+        f"area = Constant <value = int64 {{{area}}}> ()",
+        "share = Constant <value_int: int = @share> ()",
+        "channel_axis = Constant <value_ints = [0]> ()",
+        "channels = Shape <start = 1, end = 2> (features)",
+        "channel_count = Squeeze (channels, channel_axis)",
+        "channel = Range (zero, channel_count, one)",
+        "first_tap = Mul (channel, area)",
+        "axes = Constant <value_ints = [2, 3]> ()",
+        "size = Shape <start = 2, end = 4> (features)",
+        f"border = Constant <value_ints = [{', '.join([str(kernel_size // 2)] * 4)}]> ()",
+        "nothing = Constant <value = float {0.0}> ()",
+        "padded = Pad (source, border, nothing, axes)",
+    ]
+    for tap in range(area):
+        i, j = divmod(tap, kernel_size)
+        lines += [
+            f"tap{tap} = Constant <value = int64 {{{tap}}}> ()",
+            f"number{tap} = Add (first_tap, tap{tap})",
+            f"index{tap} = Div (number{tap}, share)",
+            f"weight{tap} = Gather <axis = 1> (weights, index{tap})",
+            f"start{tap} = Constant <value_ints = [{i}, {j}]> ()",
+            f"stop{tap} = Add (size, start{tap})",
+            f"window{tap} = Slice (padded, start{tap}, stop{tap}, axes)",
+            f"product{tap} = Mul (window{tap}, weight{tap})",
+            f"sum{tap} = " + (f"Add (sum{tap - 1}, product{tap})" if tap else "Identity (product0)"),
+        ]
+    lines.append(f"output = CastLike (sum{area - 1}, features)")
+    function = parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+        f"{OP_TYPE} <kernel_size, share, plugin_namespace, plugin_version> (features, taps) => (output) {{\n"
+        + "\n".join(lines)
+        + "\n}"
+    )
+    function.doc_string = f"misf::DynamicFilter for kernel_size = {kernel_size}"
+    return function
+
+
+def filter_nodes(model: ModelProto) -> list[NodeProto]:
+    """Return the model's DynamicFilter nodes, in graph order."""
+    return [node for node in model.graph.node if node.op_type == OP_TYPE and node.domain == DOMAIN]
+
+
+def attach_function(model: ModelProto) -> None:
+    """Give `model` the op's function body and its nodes TensorRT's plugin attributes, in place.
+
+    Raises:
+        ValueError: the model's filter nodes have different kernel sizes.
+
+    """
+    nodes = filter_nodes(model)
+    sizes = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "kernel_size"}
+    if len(sizes) > 1:
+        raise ValueError(f"all DynamicFilter nodes of a model must have one kernel_size, got {sorted(sizes)}")
+    for node in nodes:
+        present = {attribute.name for attribute in node.attribute}
+        node.attribute.extend(
+            onnx.helper.make_attribute(key, value) for key, value in PLUGIN_ATTRIBUTES.items() if key not in present
+        )
+    remaining = [function for function in model.functions if function.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend([*remaining, *(function_body(size) for size in sizes)])
+    if sizes and DOMAIN not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(OperatorSetIdProto(domain=DOMAIN, version=DOMAIN_VERSION))

@@ -1,0 +1,112 @@
+"""The network's sizes and wiring, as saved in every checkpoint and in the ONNX metadata."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+MULTIPLE = 4
+"""Height and width inside the network are multiples of this: two strided convolutions."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes and wiring of an `InpaintingNetwork`; the defaults are the published model's.
+
+    The paper's ablations (arXiv 2203.06304, table 4) are settings of `feature_filter_level` and `image_filter`.
+    """
+
+    width: int = 64
+    """Channels at full resolution of the filtering branch; doubled at 1/2 and again at 1/4."""
+    prediction_width: int = 64
+    """Channels at full resolution of the branch that predicts the taps; x2, x4, x8 further down."""
+    prediction_convs: int = 3
+    """3x3 convolutions per block of the prediction branch."""
+    residual_dilations: tuple[int, ...] = (2,) * 8
+    """One residual block each; the dilation of its first convolution."""
+    kernel_size: int = 3
+    """K of both dynamic filters."""
+    share: int = 4
+    """Consecutive taps of the feature filter that use one predicted channel; the image filter always uses 1."""
+    feature_filter_level: int = 3
+    """Where features are filtered: 1 full resolution, 2 half, 3 quarter (the published model); 0 nowhere."""
+    image_filter: bool = True
+    """Whether the three output channels are filtered."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
+        integers = [self.width, self.prediction_width, self.prediction_convs, self.share, *self.residual_dilations]
+        integers += [self.kernel_size, self.feature_filter_level]
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in integers):
+            raise ValueError(f"NetworkConfig takes whole numbers, got {self}")
+        if min(integers[:-1]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
+            raise ValueError(f"NetworkConfig sizes must be within 1..1024 (64 residual blocks), got {self}")
+        if self.kernel_size % 2 == 0 or self.kernel_size > 15:
+            raise ValueError(f"kernel_size must be odd and at most 15, got {self.kernel_size}")
+        if self.feature_filter_level not in (0, 1, 2, 3):
+            raise ValueError(f"feature_filter_level must be 0, 1, 2 or 3, got {self.feature_filter_level}")
+        if self.feature_filter_level and self.filtered_channels * self.kernel_size**2 % self.share:
+            raise ValueError(
+                f"share must divide the {self.filtered_channels} filtered channels x {self.kernel_size**2} taps, "
+                f"got {self.share}"
+            )
+
+    @property
+    def filtered_channels(self) -> int:
+        """Channels of the filtered feature map."""
+        return self.width << max(self.feature_filter_level - 1, 0)
+
+    @property
+    def feature_taps(self) -> int:
+        """Channels of the feature filter's taps: 576 for the published model."""
+        return self.filtered_channels * self.kernel_size**2 // self.share
+
+    @property
+    def prediction_levels(self) -> int:
+        """How far down the prediction branch goes: 4 (with a decoder) for the image filter, else as far as needed."""
+        return 4 if self.image_filter else self.feature_filter_level
+
+    @property
+    def minimum_side(self) -> int:
+        """Smallest height and width inside the network: reflection needs more pixels than it pads."""
+        return max(MULTIPLE, MULTIPLE * (max(self.residual_dilations, default=1) + 1))
+
+    def padded_side(self, side: int) -> int:
+        """Return the height or width that the network works at for a picture of `side` pixels."""
+        return max(self.minimum_side, -(-side // MULTIPLE) * MULTIPLE)
+
+    def to_json(self) -> str:
+        """Return the config as one JSON object with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> NetworkConfig:
+        """Return the config saved by `to_json`.
+
+        Raises:
+            ValueError: not JSON, unknown keys (a newer misf?), or sizes out of range.
+
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the network config must be JSON, got {text[:80]!r}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"the network config must be a JSON object, got {text[:80]!r}")
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown network config keys {', '.join(unknown)}: was it written by a newer misf?")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"the network config does not fit: {error}") from error
+
+
+PRESETS: dict[str, NetworkConfig] = {
+    "misf": NetworkConfig(),
+    "misf-small": NetworkConfig(
+        width=32, prediction_width=24, prediction_convs=2, residual_dilations=(2, 4, 8, 2, 4, 8)
+    ),
+    "misf-tiny": NetworkConfig(width=8, prediction_width=8, prediction_convs=1, residual_dilations=(2, 2)),
+}
+"""`misf`: the published sizes (23.06 M parameters). `misf-small`: the shipped one. `misf-tiny`: for tests."""

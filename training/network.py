@@ -1,0 +1,192 @@
+"""The MISF generator (Li et al., CVPR 2022, arXiv 2203.06304): picture and mask in, predicted picture out.
+
+Two branches. The filtering branch encodes the picture, filters its features with taps of their own for every pixel,
+passes them through residual blocks, decodes, and filters the resulting picture once more. The prediction branch
+makes both sets of taps, looking at the filtering branch's features on its way (the paper's interactive link).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..plugins.dynamic_filter.op import dynamic_filter
+from .config import NetworkConfig
+
+
+def _norm_relu(x: Tensor) -> Tensor:
+    return F.relu(F.instance_norm(x))
+
+
+class ResidualBlock(nn.Module):
+    """Two reflect-padded 3x3 convolutions with instance norm, added to the input."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
+        self.conv2 = nn.Conv2d(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
+        y = self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect"))
+        y = self.conv2(F.pad(_norm_relu(y), (1, 1, 1, 1), mode="reflect"))
+        return x + F.instance_norm(y)
+
+
+class ConvBlock(nn.Sequential):
+    """`count` zero-padded 3x3 convolutions with ReLU and no norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, count: int) -> None:
+        layers: list[nn.Module] = []
+        for index in range(count):
+            layers += [nn.Conv2d(in_channels if index == 0 else out_channels, out_channels, 3, padding=1), nn.ReLU()]
+        super().__init__(*layers)
+
+
+class PredictionBranch(nn.Module):
+    """Layers that predict the taps of both filters: a U-Net without norm, cut to what the config's filters need."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        width, convs, levels = config.prediction_width, config.prediction_convs, config.prediction_levels
+        linked = 2 * width + 2 * config.width  # level 2's output beside the features of the filtering branch
+        inputs, outputs = (4, width, linked, 4 * width), (width, 2 * width, 4 * width, 8 * width)
+        self.down = nn.ModuleList(ConvBlock(inputs[i], outputs[i], convs) for i in range(levels))
+        if config.feature_filter_level:
+            seen = (width, linked, 4 * width)[config.feature_filter_level - 1]
+            self.feature_taps = nn.Conv2d(seen, config.feature_taps, 1)
+        if config.image_filter:
+            self.up3 = ConvBlock(12 * width, 4 * width, convs)
+            self.up2 = ConvBlock(4 * width + linked, 2 * width, convs)
+            self.up1 = ConvBlock(3 * width, width, convs)
+            self.image_taps = nn.Conv2d(width, 3 * config.kernel_size**2, 1)
+
+    def image_filter_taps(self, full: Tensor, half: Tensor, quarter: Tensor) -> Tensor:
+        """Return the image filter's taps N,3*K*K,H,W from what the branch saw at the three resolutions."""
+        x = self.up3(torch.cat([quarter, self.down[3](quarter)], dim=1))
+        x = self.up2(torch.cat([half, _double(x)], dim=1))
+        x = self.up1(torch.cat([full, _double(x)], dim=1))
+        taps: Tensor = self.image_taps(x)
+        return taps
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class InpaintingNetwork(nn.Module):
+    """The generator. `forward` takes any size; `predict` is the bare network that the exporter traces."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.stem = nn.Conv2d(4, width, 7)
+        self.down = nn.ModuleList(
+            [nn.Conv2d(width, 2 * width, 4, 2, padding=1), nn.Conv2d(2 * width, 4 * width, 4, 2, padding=1)]
+        )
+        self.middle = nn.Sequential(*(ResidualBlock(4 * width, dilation) for dilation in config.residual_dilations))
+        self.up = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, padding=1),
+                nn.ConvTranspose2d(2 * width, width, 4, 2, padding=1),
+            ]
+        )
+        self.head = nn.Conv2d(width, 3, 7)
+        self.prediction = PredictionBranch(config) if config.prediction_levels else None
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the predicted picture, float32 N,3,H,W in [0,1], of any height and width.
+
+        Args:
+            image: N,3,H,W float32 RGB in [0,1]; what is under the mask is never read.
+            mask: N,1,H,W float32, 1 = hole; values above 0.5 count as hole.
+
+        The picture is reflected at its right and bottom edge up to the size the network works at, and cropped back.
+
+        """
+        height, width = image.shape[2:]
+        x = reflect_to(network_input(image, mask), self.config.padded_side(height), self.config.padded_side(width))
+        return self.predict(x)[:, :, :height, :width]
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the predicted picture N,3,H,W in [0,1] for the network input N,4,H,W (see `network_input`).
+
+        H and W must be multiples of 4 and at least `config.minimum_side`.
+        """
+        config = self.config
+        features, seen = _norm_relu(self.stem(_reflect_border(x))), [x]
+        for level in (1, 2, 3):
+            if level > 1:
+                features = _norm_relu(self.down[level - 2](features))
+            if self.prediction is None or level > config.prediction_levels:
+                continue
+            y = self.prediction.down[level - 1](seen[-1] if level == 1 else F.avg_pool2d(seen[-1], 2))
+            seen.append(torch.cat([y, features], dim=1) if level == 2 else y)
+            if level == config.feature_filter_level:
+                taps = self.prediction.feature_taps(seen[-1])
+                features = dynamic_filter(features, taps, config.kernel_size, config.share)
+        features = self.middle(features)
+        for up in self.up:
+            features = _norm_relu(up(features))
+        picture: Tensor = self.head(_reflect_border(features))
+        if self.prediction is not None and config.image_filter:
+            picture = dynamic_filter(picture, self.prediction.image_filter_taps(*seen[1:]), config.kernel_size)
+        return (torch.tanh(picture) + 1) / 2
+
+
+def _reflect_border(x: Tensor) -> Tensor:
+    return F.pad(x, (3, 3, 3, 3), mode="reflect")
+
+
+def network_input(image: Tensor, mask: Tensor) -> Tensor:
+    """Return N,4,H,W: the picture with its holes set to 0, and the mask as exact 0 and 1."""
+    hole = mask > 0.5
+    return torch.cat([torch.where(hole, 0.0, image), hole.to(image.dtype)], dim=1)
+
+
+def composite(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+    """Return the finished picture N,3,H,W: `prediction` where mask > 0.5, elsewhere `image`, bit for bit."""
+    return torch.where(mask > 0.5, prediction, image)
+
+
+def reflect_to(x: Tensor, height: int, width: int) -> Tensor:
+    """Return x N,C,H,W continued to the right and to the bottom by reflection, as often as needed.
+
+    Like numpy.pad(mode="reflect"), which, other than torch's, reflects again when a picture is smaller than the border.
+    """
+    for dim, size in ((2, height), (3, width)):
+        if size != x.shape[dim]:
+            period = max(2 * (x.shape[dim] - 1), 1)
+            position = torch.arange(size, device=x.device) % period
+            x = x.index_select(dim, torch.minimum(position, period - position))
+    return x
+
+
+def initialize(network: InpaintingNetwork) -> None:
+    """Give `network` weights to train from: He-normal convolutions and filters that start as near-identities, in place.
+
+    The taps' biases give each channel taps that sum to 1 in the predicted channels that hold its centre tap,
+    so that training starts from an encoder-decoder whose filters pass everything through.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    config = network.config
+    nn.init.xavier_normal_(network.head.weight)
+    if network.prediction is None:
+        return
+    heads = []
+    if config.feature_filter_level:
+        heads.append((network.prediction.feature_taps, config.filtered_channels, config.share))
+    if config.image_filter:
+        heads.append((network.prediction.image_taps, 3, 1))
+    area = config.kernel_size**2
+    for head, channels, share in heads:
+        nn.init.normal_(head.weight, std=1e-3)
+        centre = torch.arange(channels) * area + area // 2
+        with torch.no_grad():
+            head.bias.index_fill_(0, centre // share, 1 / min(share, area))  # type: ignore[union-attr]
