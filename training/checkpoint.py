@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plugins.errors import MisfError
-from ..plugins.files import replacing, sha256
+from ..plugins.files import sha256, written_whole
 from .config import NetworkConfig
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def save_checkpoint(
     """
     path = Path(path)
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    with replacing(path) as temporary:
+    with written_whole(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save
 
