@@ -1,0 +1,259 @@
+"""Pictures and masks to train with: a pure function of (seed, sample index), so that resuming is exact."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..plugins.errors import MisfError
+from .masks import Mask
+
+log = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+LIST_SUFFIXES = frozenset({".txt", ".json", ".flist"})
+
+Picture = NDArray[np.uint8]
+
+
+def picture_paths(source: str | os.PathLike[str]) -> list[Path]:
+    """Return the picture files of `source`, in a fixed order; whether they can be decoded shows later.
+
+    Args:
+        source: a folder, searched with its subfolders (links followed, hidden files left out) and sorted; or a list
+            file (.txt, .json, .flist): a JSON array of paths, as the official MISF lists are, or one path per line.
+            Paths in a list are relative to the list's folder.
+
+    Raises MisfError when there is nothing there, or a list is not one.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(_walk(path))
+        if not found:
+            kinds = " ".join(sorted(PICTURE_SUFFIXES))
+            raise MisfError(f"no pictures in {source}: expected files ending in {kinds}")
+        return found
+    if not path.is_file():
+        raise MisfError(f"{source}: expected a folder of pictures or a list file, found nothing")
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return [path]
+    if path.suffix.lower() not in LIST_SUFFIXES:
+        raise MisfError(f"{source}: expected a folder, or a list ending in {' '.join(sorted(LIST_SUFFIXES))}")
+    return [path.parent / line for line in _listed(path)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link back up the tree
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES:
+                yield Path(parent, name)
+
+
+def _listed(path: Path) -> list[str]:
+    """Return the paths that a list file names."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MisfError(f"{path}: expected a list of paths in UTF-8, found other bytes") from error
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise MisfError(f"{path}: starts like JSON, but is broken at line {error.lineno}") from error
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise MisfError(f"{path}: expected a JSON array of paths")
+    else:
+        entries = [line.strip() for line in text.splitlines()]
+    entries = [entry for entry in entries if entry]
+    if not entries:
+        raise MisfError(f"{path}: the list is empty")
+    return entries
+
+
+def read_picture(path: str | os.PathLike[str], short_side: int | None = None) -> Picture:
+    """Return a picture as uint8 H,W,3 RGB, turned upright; larger ones shrunk to `short_side`.
+
+    Raises MisfError, one line naming the file, when it cannot be decoded completely.
+    """
+    try:
+        with Image.open(path) as opened:
+            if short_side:
+                opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
+            picture: Image.Image = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
+                picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) / 257 + 0.5).astype(np.uint8))
+            picture = picture.convert("RGB")
+            if short_side and min(picture.size) > short_side:
+                factor = short_side / min(picture.size)
+                size = (max(short_side, round(picture.width * factor)), max(short_side, round(picture.height * factor)))
+                picture = picture.resize(size, Image.Resampling.LANCZOS)
+            return np.asarray(picture)
+    except Exception as error:  # Pillow raises many classes for broken files
+        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise MisfError(f"{path} cannot be read: {reason}") from error
+
+
+class Pictures:
+    """Pictures by index, kept in memory as uint8 H,W,3 after the first decoding; None for one that cannot be decoded.
+
+    Each file that cannot be decoded is reported once, in one line of the log, and its path is in `bad`.
+
+    Args:
+        paths: the files.
+        short_side: larger pictures are shrunk to this when they are read; None keeps their size.
+        cache_bytes: what does not fit any more is decoded again each time.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, short_side: int | None = None, cache_bytes: int = 4 << 30) -> None:
+        self.paths = tuple(paths)
+        self.short_side = short_side
+        self.bad: dict[Path, str] = {}
+        self._space = cache_bytes
+        self._kept: dict[int, Picture] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def get(self, index: int) -> Picture | None:
+        """Return picture `index` as uint8 H,W,3 RGB, or None when its file cannot be decoded."""
+        if index in self._kept:
+            return self._kept[index]
+        path = self.paths[index]
+        if path in self.bad:
+            return None
+        try:
+            picture = read_picture(path, self.short_side)
+        except MisfError as error:
+            log.warning("%s: skipped", error)
+            self.bad[path] = str(error)
+            return None
+        if picture.nbytes <= self._space:
+            self._space -= picture.nbytes
+            self._kept[index] = picture
+        return picture
+
+    def preload(self, threads: int | None = None) -> int:
+        """Return how many pictures are good, after decoding them, in several threads, until the cache is full."""
+
+        def load(index: int) -> bool:
+            return self._space <= 0 or self.get(index) is not None
+
+        with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 16)) as pool:
+            return sum(pool.map(load, range(len(self.paths))))
+
+
+class MaskSource(Protocol):
+    """Where masks come from: RandomMasks or MaskFolder."""
+
+    def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
+        """Return a mask bool H,W, True = hole."""
+        ...
+
+
+class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
+    """Random crops with masks. `sample(index)` depends on the seed and the index alone, for any index from 0 up.
+
+    Every run of len(self) indices shows each picture once, in an order of its own. A picture that cannot be decoded
+    gives its place to another one, drawn by the same (seed, index), and has been reported by `Pictures`.
+
+    To go on at a position, give a DataLoader `sampler=range(position, end)`: no state is needed.
+
+    Args:
+        pictures: the pictures.
+        masks: RandomMasks() or a MaskFolder.
+        crop: side of the square crops in pixels.
+        seed: with the index, all the randomness there is.
+        zoom_out: a crop is taken from a square of up to this many times its side, and shrunk. 1 keeps native pixels.
+            Pictures smaller than the crop are enlarged to fit.
+        flip: mirror every other crop left to right.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        masks: MaskSource,
+        *,
+        crop: int = 256,
+        seed: int = 0,
+        zoom_out: float = 1.0,
+        flip: bool = True,
+    ) -> None:
+        if not len(pictures):
+            raise MisfError("no pictures to train with")
+        if crop < 8 or zoom_out < 1:
+            raise ValueError(
+                f"crop {crop}, zoom_out {zoom_out}: expected a crop of at least 8 and a zoom_out of at least 1"
+            )
+        self.pictures = pictures
+        self.masks = masks
+        self.crop = crop
+        self.seed = seed
+        self.zoom_out = zoom_out
+        self.flip = flip
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.sample(index)
+
+    def sample(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return (image, mask) number `index`: float32 3,H,W RGB in [0,1] and float32 1,H,W, 1 = hole."""
+        picture, hole = self.sample_bytes(index)
+        image = torch.from_numpy(picture.transpose(2, 0, 1).copy()).float().div_(255)
+        return image, torch.from_numpy(hole[None].astype(np.float32))
+
+    def sample_bytes(self, index: int) -> tuple[Picture, Mask]:
+        """Return (picture, hole) number `index`: uint8 H,W,3 RGB and bool H,W, True = hole."""
+        if index < 0:
+            raise IndexError(f"sample {index}: expected 0 or more")
+        rng = np.random.default_rng([self.seed, 1, index])
+        picture = self._cropped(rng, self._picture(rng, index))
+        return picture, np.ascontiguousarray(self.masks.mask(rng, self.crop, self.crop))
+
+    def _picture(self, rng: np.random.Generator, index: int) -> Picture:
+        epoch, position = divmod(index, len(self.pictures))
+        if self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.pictures))
+            self._order = epoch, order
+        picture = self.pictures.get(int(self._order[1][position]))
+        attempts = 0
+        while picture is None:
+            attempts += 1
+            if attempts > 1000:
+                raise MisfError(
+                    f"none of 1000 pictures can be decoded, the last ones being {list(self.pictures.bad)[-1]}"
+                )
+            picture = self.pictures.get(int(rng.integers(len(self.pictures))))
+        return picture
+
+    def _cropped(self, rng: np.random.Generator, picture: Picture) -> Picture:
+        height, width = picture.shape[:2]
+        side = min(round(self.crop * rng.uniform(1.0, self.zoom_out)), height, width)
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        flipped = bool(rng.random() < 0.5) and self.flip
+        square = picture[top : top + side, left : left + side]
+        if side != self.crop:
+            resized = Image.fromarray(square).resize((self.crop, self.crop), Image.Resampling.LANCZOS)
+            square = np.asarray(resized)
+        return np.ascontiguousarray(square[:, ::-1] if flipped else square)
