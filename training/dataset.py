@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -108,7 +108,7 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
                 picture = picture.resize(size, Image.Resampling.LANCZOS)
             return np.asarray(picture)
     except Exception as error:  # Pillow raises many classes for broken files
-        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         raise MisfError(f"{path} cannot be read: {reason}") from error
 
 
@@ -152,7 +152,7 @@ class Pictures:
         return picture
 
     def preload(self, threads: int | None = None) -> int:
-        """Return how many pictures are good, after decoding them, in several threads, until the cache is full."""
+        """Decode pictures in several threads until the cache is full; return how many are not known to be bad."""
 
         def load(index: int) -> bool:
             return self._space <= 0 or self.get(index) is not None

@@ -204,7 +204,8 @@ class MaskFolder:
             return mask
         rows = (np.arange(height) * 2 + 1) * mask.shape[0] // (2 * height)
         columns = (np.arange(width) * 2 + 1) * mask.shape[1] // (2 * width)
-        return mask[rows[:, None], columns]
+        resized: Mask = mask[rows[:, None], columns]
+        return resized
 
     def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
         """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions."""
@@ -215,10 +216,11 @@ class MaskFolder:
     def _decoded(self, index: int) -> Mask:
         if index in self._kept:
             bits, shape = self._kept[index]
-            return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
+            kept: Mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
+            return kept
         try:
             with Image.open(self.paths[index]) as picture:
-                mask: Mask = np.asarray(picture.convert("L")) > self.threshold
+                mask: Mask = np.asarray(picture.convert("L"), np.uint8) > self.threshold
         except Exception as error:  # Pillow raises many classes for broken files
             raise MisfError(f"mask {self.paths[index]} cannot be read: {error}") from error
         mask = ~mask if self.invert else mask

@@ -1,0 +1,149 @@
+"""Measuring any filling method on the same pictures and masks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .dataset import Pictures
+from .masks import BANDS, Band, Mask, MaskFolder, band_name, band_of, random_mask
+from .metrics import compare, mean_of, paste
+from .peers import Fill
+
+Picture = NDArray[np.uint8]
+Distance = Callable[[Picture, Picture], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture with one mask: `truth` uint8 size,size,3 and `hole` bool size,size."""
+
+    name: str
+    band: Band
+    truth: Picture
+    hole: Mask
+
+    @property
+    def damaged(self) -> Picture:
+        """The picture with its hole set to 0: what a method is given to see."""
+        return np.where(self.hole[:, :, None], 0, self.truth).astype(np.uint8)
+
+
+def centre_crop(picture: Picture, size: int) -> Picture:
+    """Return the middle square uint8 size,size,3 at native pixels; of a smaller picture, its middle square enlarged."""
+    side = min(size, *picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    square = picture[top : top + side, left : left + side]
+    if side != size:
+        square = np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS))
+    return np.ascontiguousarray(square)
+
+
+def cases(
+    pictures: Pictures, *, size: int = 256, seed: int = 0, per_band: int | None = None, masks: MaskFolder | None = None
+) -> Iterator[Case]:
+    """Yield each good picture's centre crop once per band, with a mask of that band.
+
+    Args:
+        pictures: those that cannot be decoded are left out (they are in `pictures.bad`).
+        size: side of the crops in pixels.
+        seed: the masks depend on the seed, the band and the picture's place in the list alone.
+        per_band: that many pictures, spread evenly over the list; None takes all.
+        masks: take them from here, in their order, grouped by their own area; None generates them.
+
+    A band for which `masks` has no mask has no cases.
+    """
+    chosen: Sequence[int] = range(len(pictures))
+    if per_band is not None and per_band < len(chosen):
+        chosen = [round(i * (len(pictures) - 1) / max(per_band - 1, 1)) for i in range(per_band)]
+    groups = _grouped(masks, size) if masks else {}
+    for place, index in enumerate(chosen):
+        picture = pictures.get(index)
+        if picture is None:
+            continue
+        truth = centre_crop(picture, size)
+        for number, band in enumerate(BANDS):
+            if masks is None:
+                hole = random_mask(np.random.default_rng([seed, number, index]), size, size, band)
+            elif groups[band]:
+                hole = masks.read(groups[band][place % len(groups[band])], size, size)
+            else:
+                continue
+            yield Case(pictures.paths[index].name, band, truth, hole)
+
+
+def _grouped(masks: MaskFolder, size: int) -> dict[Band, list[int]]:
+    """Return the mask numbers of each band."""
+    groups: dict[Band, list[int]] = {band: [] for band in BANDS}
+    for index in range(len(masks)):
+        band = band_of(masks.read(index, size, size))
+        if band is not None:
+            groups[band].append(index)
+    return groups
+
+
+@dataclass
+class Method:
+    """A way to fill holes, and what its pictures measured so far."""
+
+    name: str
+    fill: Fill
+    path: str | os.PathLike[str] | None = None
+    rows: list[dict[str, float]] = field(default_factory=list)
+    labels: list[tuple[str, Band]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def measure(self, case: Case, distance: Distance | None = None) -> Picture:
+        """Return the composite uint8 for `case`, after adding its metrics; `distance` adds lpips.
+
+        Raises ValueError, naming the method and the picture, when the prediction is not finite.
+        """
+        start = time.perf_counter()
+        filling = self.fill(case.damaged, case.hole)
+        self.seconds += time.perf_counter() - start
+        try:
+            result = paste(case.truth, filling, case.hole)
+        except ValueError as error:
+            raise ValueError(f"{self.name} on {case.name}: {error}") from error
+        row = compare(case.truth, result, case.hole)
+        if distance is not None:
+            row["lpips"] = distance(case.truth, result)
+        self.rows.append(row)
+        self.labels.append((case.name, case.band))
+        return result
+
+    def report(self) -> dict[str, object]:
+        """Return name, path, time, and the means of all metrics per band and over all, ready for JSON."""
+        bands = {}
+        for band in BANDS:
+            rows = [row for row, (_, of) in zip(self.rows, self.labels, strict=True) if of == band]
+            bands[band_name(band)] = {"pictures": len(rows), **mean_of(rows)}
+        return {
+            "name": self.name,
+            "path": None if self.path is None else Path(self.path).name,
+            "mean_fill_ms": round(1000 * self.seconds / max(len(self.rows), 1), 2),
+            "bands": bands,
+            "all": {"pictures": len(self.rows), **mean_of(self.rows)},
+        }
+
+    def details(self) -> list[dict[str, object]]:
+        """Return one entry per picture and mask: picture, band and its metrics."""
+        return [
+            {"picture": name, "band": band_name(band), **row}
+            for row, (name, band) in zip(self.rows, self.labels, strict=True)
+        ]
+
+
+def evaluate(
+    methods: Sequence[Method], measured: Iterable[Case], distance: Distance | None = None
+) -> Iterator[tuple[Case, list[Picture]]]:
+    """Measure every method on every case; yield each case with the methods' composites, in the methods' order."""
+    for case in measured:
+        yield case, [method.measure(case, distance) for method in methods]
