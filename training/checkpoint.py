@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +147,9 @@ def _config(path: Path, text: str) -> NetworkConfig:
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Return a .pt or .pth file's dict, read without ever running code from it."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of pickle protocols; what matters is raised
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
             raise MisfError(
@@ -165,8 +169,6 @@ def _interpret(path: Path, content: dict[str, Any], official: bool) -> tuple[Net
     if content.get("format") == FORMAT and isinstance(content.get("network"), dict):
         if official:
             raise MisfError(f"{path} is a checkpoint of misf's own: leave out --official")
-        import json
-
         iteration = content.get("iteration", 0)
         return _config(path, json.dumps(content.get("config"))), content["network"], int(iteration)
     if "discriminator" in content and "generator" not in content:

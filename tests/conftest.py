@@ -1,0 +1,59 @@
+"""Shared by all tests: small networks, and the tolerance of each dtype."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: the suite often shares its two cores with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:  # noqa: ARG001
+    gpu = _has_gpu()
+    for item in items:
+        if "gpu" in item.keywords and not gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A misf-tiny checkpoint whose random weights make lively pictures."""
+    import torch
+
+    from misf.training import PRESETS
+    from misf.training.checkpoint import save_checkpoint
+    from misf.training.network import InpaintingNetwork, initialize
+
+    generator = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    network = InpaintingNetwork(PRESETS["misf-tiny"])
+    initialize(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    torch.random.set_rng_state(generator)
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    save_checkpoint(path, network.config, network.state_dict(), iteration=5)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an ONNX file, float32."""
+    pytest.importorskip("onnxscript")
+    from misf.export.exporter import export_onnx
+    from misf.training.checkpoint import load_checkpoint
+
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    export_onnx(load_checkpoint(tiny_checkpoint), path)
+    return path

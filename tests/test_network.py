@@ -1,0 +1,152 @@
+"""The network against the official generator's stored answers, and its behaviour at awkward sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from misf.training import PRESETS, NetworkConfig, load_model
+from misf.training.network import InpaintingNetwork, composite, initialize, network_input, reflect_to
+
+from .golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
+
+TINY = PRESETS["misf-tiny"]
+
+
+def tiny_network(config: NetworkConfig = TINY) -> InpaintingNetwork:
+    torch.manual_seed(0)
+    network = InpaintingNetwork(config).eval()
+    initialize(network)
+    return network
+
+
+@pytest.fixture(scope="module")
+def official_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator file as the official code saves it, with the weights of make_official.py."""
+    with np.load(GOLDEN) as golden:
+        shapes = {
+            str(name): tuple(int(side) for side in shape if side)
+            for name, shape in zip(golden["names"], golden["shapes"], strict=True)
+        }
+    path = tmp_path_factory.mktemp("official") / "places2_InpaintingModel_gen.pth"
+    torch.save({"iteration": 1234, "generator": official_weights(shapes)}, path)
+    return path
+
+
+def test_agrees_with_the_official_generator(official_file: Path) -> None:
+    network = load_model(official_file, official=True)
+    picture, mask = picture_and_mask()
+    with torch.inference_mode():
+        answer = stored(network(picture, mask))
+    with np.load(GOLDEN) as golden:
+        for part, value in answer.items():
+            assert golden[part].std() > 0.1, "the golden picture must not be flat"
+            np.testing.assert_allclose(value, golden[part], rtol=0, atol=1e-5)
+
+
+def test_published_sizes() -> None:
+    with torch.device("meta"):
+        network = InpaintingNetwork(PRESETS["misf"])
+    # conv_final, 327 parameters, is in the official files but in no forward pass.
+    assert sum(parameter.numel() for parameter in network.parameters()) == 23_059_493 - 327
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (5, 7), (57, 91), (64, 48)])
+def test_any_size(size: tuple[int, int]) -> None:
+    network = tiny_network()
+    image, mask = torch.rand(2, 3, *size), (torch.rand(2, 1, *size) > 0.7).float()
+    with torch.inference_mode():
+        prediction = network(image, mask)
+        assert prediction.shape == image.shape
+        assert 0 <= prediction.min() <= prediction.max() <= 1
+        # The same by hand, with NumPy's reflection.
+        border = [(0, 0), (0, 0)] + [(0, TINY.padded_side(side) - side) for side in size]
+        padded = torch.from_numpy(np.pad(network_input(image, mask).numpy(), border, mode="reflect"))
+        expected = network.predict(padded)[:, :, : size[0], : size[1]]
+    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "target"), [((1, 1), (4, 4)), ((2, 3), (16, 20)), ((5, 4), (8, 4))])
+def test_reflection_is_numpys(size: tuple[int, int], target: tuple[int, int]) -> None:
+    x = torch.rand(1, 2, *size)
+    border = [(0, 0), (0, 0), (0, target[0] - size[0]), (0, target[1] - size[1])]
+    assert np.array_equal(reflect_to(x, *target).numpy(), np.pad(x.numpy(), border, mode="reflect"))
+
+
+def test_what_is_under_the_mask_is_never_read() -> None:
+    network = tiny_network()
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:20, 8:20] = 1
+    image = torch.rand(1, 3, 32, 32)
+    other = torch.where(mask > 0.5, torch.nan, image)
+    with torch.inference_mode():
+        assert torch.equal(network(image, mask), network(other, mask))
+        assert torch.equal(composite(image, network(image, mask), mask), composite(other, network(other, mask), mask))
+
+
+def test_batch_members_do_not_see_each_other() -> None:
+    network = tiny_network()
+    image, mask = torch.rand(3, 3, 32, 36), (torch.rand(3, 1, 32, 36) > 0.6).float()
+    with torch.inference_mode():
+        together, alone = network(image, mask), network(image[1:2], mask[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-5)
+
+
+ABLATIONS = {
+    "none": {"feature_filter_level": 0, "image_filter": False},
+    "image": {"feature_filter_level": 0},
+    "level 1": {"feature_filter_level": 1, "image_filter": False},
+    "level 2": {"feature_filter_level": 2, "image_filter": False},
+    "level 3": {"feature_filter_level": 3, "image_filter": False},
+    "both, level 2": {"feature_filter_level": 2},
+    "5 x 5": {"kernel_size": 5, "share": 5},
+}
+
+
+@pytest.mark.parametrize("change", ABLATIONS.values(), ids=ABLATIONS)
+def test_ablations_use_every_parameter(change: dict[str, int | bool]) -> None:
+    config = replace(TINY, **change)  # type: ignore[arg-type]
+    network = tiny_network(config).train()
+    assert (network.prediction is None) == (change == ABLATIONS["none"])
+    network(torch.rand(1, 3, 32, 32), (torch.rand(1, 1, 32, 32) > 0.5).float()).square().mean().backward()
+    unused = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert unused == []
+
+
+def test_fresh_filters_keep_the_mean() -> None:
+    """Taps start with sum 1 for every channel, up to the small random part."""
+    network = tiny_network()
+    assert network.prediction is not None
+    k2, share = TINY.kernel_size**2, TINY.share
+    bias = network.prediction.feature_taps.bias.detach().numpy()
+    taps = np.repeat(bias, share).reshape(TINY.filtered_channels, k2)
+    assert np.allclose(taps.mean(), 1 / k2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "object"),
+        ("{", "must be JSON"),
+        ('{"width": 64, "depth": 3}', "unknown network config keys depth"),
+        ('{"width": 1e9}', "whole numbers"),
+        ('{"width": 100000}', "1..1024"),
+        ('{"width": "64"}', "fit|whole"),
+        ('{"kernel_size": 4}', "odd"),
+        ('{"share": 5, "width": 8}', "share must divide"),
+        ('{"residual_dilations": 3}', "fit"),
+    ],
+)
+def test_config_from_a_file_is_checked(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        NetworkConfig.from_json(text)
+
+
+def test_config_round_trip() -> None:
+    config = replace(TINY, residual_dilations=(1, 2, 8), image_filter=False)
+    assert NetworkConfig.from_json(config.to_json()) == config
+    assert config.minimum_side == 36
