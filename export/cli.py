@@ -1,0 +1,108 @@
+"""misf-export: a checkpoint becomes an ONNX file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from ..plugins.cli_support import command, print_json
+from ..plugins.errors import EnvironmentMismatch, MisfError
+
+log = logging.getLogger(__name__)
+
+
+@command("misf-export")
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Weights: .safetensors, .pt, .pth.")
+@click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default=None,
+    help="Type of the network's layers; input and output are float32 always.  [default: fp32]",
+)
+@click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The .onnx file.  [default: beside the checkpoint]"
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of pictures like yours, to find layers that float16 cannot hold, and for the check at the end."
+    "  [default: four shipped photographs]",
+)
+@click.option(
+    "--range-limit",
+    type=click.FloatRange(min=1, max=65504),
+    default=8192.0,
+    show_default=True,
+    help="Layers with larger values on the calibration pictures stay float32.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing file that -o did not name.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def main(
+    checkpoint: Path,
+    official: bool,
+    precision: str | None,
+    fp16: bool,
+    output: Path | None,
+    calibration: Path | None,
+    range_limit: float,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Turn a checkpoint into one ONNX file for any batch, height and width.
+
+    The file is compared with PyTorch on photographs at several sizes before it is put in place. When it differs too
+    much (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
+
+    \b
+    Example:
+        misf-export --checkpoint best.pt --fp16
+    """
+    if fp16 and precision == "fp32":
+        raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
+    precision = "fp16" if fp16 else precision or "fp32"
+    if output is None:
+        output = checkpoint.with_name(checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
+        if output.exists() and not force:
+            raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
+    if output.suffix.lower() != ".onnx":
+        raise click.BadParameter(f"expected a name that ends in .onnx, got {output.name}", param_hint="--output")
+    if output.resolve() == checkpoint.resolve():
+        raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
+    report = _export(checkpoint, official, output, precision, calibration, range_limit)
+    if as_json:
+        print_json(
+            {
+                "onnx": str(report.path),
+                "sha256": report.sha256,
+                "precision": report.precision,
+                "convolutions": report.convolutions,
+                "float32_layers": report.float32_layers,
+                "check": [result.to_dict() for result in report.results],
+            }
+        )
+        return
+    from rich.console import Console
+
+    from ..runtime.accuracy import results_table
+
+    Console().print(results_table(report.results, f"{report.path.name} ({precision}) against PyTorch float32"))
+    log.info("run it: misf-run %s image.png mask.png", report.path)
+    click.echo(str(report.path))
+
+
+def _export(checkpoint, official, output, precision, calibration, range_limit):  # type: ignore[no-untyped-def]
+    try:
+        import onnx  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise EnvironmentMismatch(f"misf-export needs {error.name}: pip install 'misf[export]'") from error
+    from ..runtime.accuracy import load_photographs
+    from ..training.checkpoint import load_checkpoint
+    from .exporter import export_onnx
+
+    photographs = load_photographs(calibration) if calibration else None
+    return export_onnx(load_checkpoint(checkpoint, official=official), output, precision, photographs, range_limit)
