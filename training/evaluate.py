@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,10 +97,11 @@ class Method:
 
     name: str
     fill: Fill
-    path: str | os.PathLike[str] | None = None
+    path: Path | None = None
+    where: str = ""
     rows: list[dict[str, float]] = field(default_factory=list)
     labels: list[tuple[str, Band]] = field(default_factory=list)
-    seconds: float = 0.0
+    fill_ms: list[float] = field(default_factory=list)
 
     def measure(self, case: Case, distance: Distance | None = None) -> Picture:
         """Return the composite uint8 for `case`, after adding its metrics; `distance` adds lpips.
@@ -107,7 +110,7 @@ class Method:
         """
         start = time.perf_counter()
         filling = self.fill(case.damaged, case.hole)
-        self.seconds += time.perf_counter() - start
+        self.fill_ms.append(1000 * (time.perf_counter() - start))
         try:
             result = paste(case.truth, filling, case.hole)
         except ValueError as error:
@@ -119,26 +122,74 @@ class Method:
         self.labels.append((case.name, case.band))
         return result
 
-    def report(self) -> dict[str, object]:
-        """Return name, path, time, and the means of all metrics per band and over all, ready for JSON."""
+    def report(self) -> dict[str, Any]:
+        """Return name, place, time, and the means of all metrics per band and over all, ready for JSON."""
         bands = {}
         for band in BANDS:
             rows = [row for row, (_, of) in zip(self.rows, self.labels, strict=True) if of == band]
             bands[band_name(band)] = {"pictures": len(rows), **mean_of(rows)}
         return {
             "name": self.name,
-            "path": None if self.path is None else Path(self.path).name,
-            "mean_fill_ms": round(1000 * self.seconds / max(len(self.rows), 1), 2),
+            "where": self.where,
+            "median_fill_ms": round(median(self.fill_ms), 2) if self.fill_ms else None,
             "bands": bands,
             "all": {"pictures": len(self.rows), **mean_of(self.rows)},
         }
 
-    def details(self) -> list[dict[str, object]]:
+    def details(self) -> list[dict[str, Any]]:
         """Return one entry per picture and mask: picture, band and its metrics."""
         return [
             {"picture": name, "band": band_name(band), **row}
             for row, (name, band) in zip(self.rows, self.labels, strict=True)
         ]
+
+
+def model_fill(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    precision: str = "auto",
+    official: bool = False,
+) -> tuple[Fill, str]:
+    """Return a model file as a filling method, and where it runs: 'onnxruntime cpu fp32'.
+
+    Args:
+        path: whatever the runtime opens: a checkpoint, .onnx...
+        backend, device, precision: as `misf.runtime.backends.open_backend` takes them.
+        official: the file is a generator checkpoint of the official MISF repository; runs on PyTorch.
+    """
+    if official:
+        run, where = _official(path, device), "pytorch official fp32"
+    else:
+        from ..runtime.backends import open_backend
+
+        opened = open_backend(path, backend, device, precision)
+        run, where = opened, f"{opened.name} {opened.device} {opened.precision}"
+
+    def fill(picture: Picture, hole: Mask) -> NDArray[np.generic]:
+        image = np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
+        filled: NDArray[np.float32] = run(image, hole[None, None].astype(np.float32))[0]
+        return filled.transpose(1, 2, 0)
+
+    return fill, where
+
+
+def _official(path: str | os.PathLike[str], device: str | None) -> Callable[..., NDArray[np.float32]]:
+    import torch
+
+    from .checkpoint import load_model
+
+    place = torch.device("cpu" if device in (None, "auto") else device)
+    network = load_model(path, official=True).to(place)
+
+    def run(image: NDArray[np.float32], mask: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            prediction = network(torch.from_numpy(image).to(place), torch.from_numpy(mask).to(place))
+        picture: NDArray[np.float32] = prediction.cpu().numpy()
+        return picture
+
+    return run
 
 
 def evaluate(
