@@ -23,7 +23,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise OSError(f"cannot write {target}: it is {kind}")
-    temporary = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".misf-{secrets.token_hex(8)}{path.suffix}")
     try:
         # O_EXCL creates it with the user's umask, which tempfile.mkstemp would not.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

@@ -1,0 +1,96 @@
+"""ONNX files on ONNX Runtime: CPU and CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from ...plugins.cli_support import one_line
+from ...plugins.errors import EnvironmentMismatch
+from . import Tensor, check_onnx, device_index
+
+log = logging.getLogger(__name__)
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+FATAL = 4  # what ONNX Runtime says by itself on stderr; its errors reach us as exceptions
+
+
+def has_cuda() -> bool:
+    """Return whether this ONNX Runtime was built for NVIDIA GPUs (not whether there is one)."""
+    return CUDA in onnxruntime.get_available_providers()
+
+
+class OnnxRuntimeBackend:
+    """An ONNX file of ours in an ONNX Runtime session. See `Backend` for the call."""
+
+    name = "onnxruntime"
+    multiple = 1  # the graph pads by itself
+
+    def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):
+        onnxruntime.set_default_logger_severity(FATAL)
+        self._session, self.device = _open_session(path, device, threads)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.config = check_onnx(
+            path,
+            {entry.name: entry.shape for entry in self._session.get_inputs()},
+            [entry.name for entry in self._session.get_outputs()],
+            metadata,
+        )
+        self.precision = metadata.get("misf.precision", "fp32")
+        if precision not in ("auto", self.precision):
+            raise ValueError(
+                f"{path} is {self.precision} and {precision} was asked for: "
+                f"ONNX Runtime computes in the file's precision, so export it with --precision {precision}"
+            )
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the finished picture."""
+        output: Tensor = self._session.run(["output"], {"image": image, "mask": mask})[0]
+        return output
+
+
+def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, str]:
+    """Return a session and the device that it really runs on."""
+    asked = device.startswith("cuda")
+    if asked and not has_cuda():
+        raise EnvironmentMismatch(
+            f"device {device} was asked for and this ONNX Runtime has no CUDA provider "
+            f"(only {', '.join(onnxruntime.get_available_providers())}): install onnxruntime-gpu, or use --device cpu"
+        )
+    if not asked and (device == "cpu" or not has_cuda()):
+        return _session(path, [CPU], threads), "cpu"
+    index = device_index(device) if asked else 0
+    with contextlib.suppress(AttributeError):  # before ONNX Runtime 1.21
+        onnxruntime.preload_dlls()  # CUDA and cuDNN from pip packages, where they are
+    with contextlib.suppress(ValueError):
+        session = _session(path, [(CUDA, _cuda_options(index)), CPU], threads)
+        if CUDA in session.get_providers():
+            return session, f"cuda:{index}"
+    session = _session(path, [CPU], threads)  # a damaged file ends here
+    reason = "ONNX Runtime cannot start its CUDA provider: no such GPU, or CUDA or cuDNN is missing or does not match"
+    if asked:
+        raise EnvironmentMismatch(f"device {device} was asked for and is not usable. {reason}")
+    log.warning("%s; running on the CPU", reason)
+    return session, "cpu"
+
+
+def _session(path: Path, providers: list[Any], threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    # Every size of picture would get a memory pattern of its own: gigabytes at 1024x1024, for nothing.
+    options.enable_mem_pattern = False
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its exceptions share no base class
+        raise ValueError(f"{path} is not an ONNX file, or a damaged one: {one_line(error)}") from error
+
+
+def _cuda_options(index: int) -> dict[str, Any]:
+    return {"device_id": index, "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}

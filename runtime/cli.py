@@ -1,0 +1,192 @@
+"""misf-run: fill the holes of a picture or of a folder of pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..plugins.cli_support import BATCH_FAILURES, command, one_line, print_json, wants_progress_bar
+from ..plugins.errors import MisfError
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .jobs import Job
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[int, int], None]  # told how many are done, of how many
+EXISTING = click.Path(exists=True, path_type=Path)
+
+
+@command("misf-run")
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("image", type=EXISTING)
+@click.argument("mask", type=EXISTING, required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: NAME_inpainted.EXT]")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "openvino", "pytorch"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model; auto takes the fastest that is installed and says which.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    envvar="MISF_DEVICE",
+    show_envvar=True,
+    help="auto, cpu, cuda or cuda:N. A GPU that is asked for and not there is an error.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in. auto: what the file holds; on OpenVINO bf16 where the processor has it.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "crop", "resize", "original"]),
+    default="auto",
+    show_default=True,
+    help="What the model sees: a crop around each hole, the picture resized, or the picture as it is. auto: the "
+    "picture if it is of about the working size, else crops.",
+)
+@click.option(
+    "--working-size",
+    type=click.IntRange(min=64),
+    default=512,
+    show_default=True,
+    help="The model sees about this many pixels squared at a time; memory and time go with it.",
+)
+@click.option("--margin", type=click.IntRange(min=0), help="Context around a hole, pixels. [default: a quarter of it]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+@click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Over it is hole.")
+@click.option("--invert-mask", is_flag=True, help="Black is the hole instead of white.")
+@click.option("--resize-mask", is_flag=True, help="Resize a mask of another size to the picture's.")
+@click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
+@click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def main(
+    model: Path,
+    image: Path,
+    mask: Path | None,
+    output: Path | None,
+    backend: str,
+    device: str,
+    precision: str,
+    strategy: str,
+    working_size: int,
+    margin: int | None,
+    threads: int | None,
+    mask_threshold: int,
+    invert_mask: bool,
+    resize_mask: bool,
+    mask_from_alpha: bool,
+    concat: bool,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
+
+    MODEL is an .onnx file or a checkpoint. IMAGE is a picture, or a folder of pictures with MASK one mask for all or a
+    folder of masks with the same names (x.png, or x_mask001.png). Format, profile, EXIF, alpha and every pixel outside
+    the holes stay as they are. Nothing is overwritten without --force, except the file that -o names.
+
+    \b
+    Example:
+      misf-run best.onnx photo.jpg mask.png -o filled.jpg
+    """
+    if mask is None and not mask_from_alpha:
+        raise click.UsageError("Missing argument 'MASK': give a mask, or pass --mask-from-alpha.")
+    from .jobs import plan_jobs
+
+    jobs = plan_jobs(image, mask, output)  # before the model is loaded: a wrong path is told at once
+
+    from .batch import Batch, MaskSettings
+    from .inpainter import Inpainter
+
+    inpainter = Inpainter(
+        model,
+        backend=backend,
+        device=device,
+        strategy=strategy,
+        working_size=working_size,
+        margin=margin,
+        precision=precision,
+        threads=threads,
+    )
+    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha)
+    done, failures = _run(Batch(inpainter, mask, masks, concat, force), jobs, print_paths=not as_json)
+    if as_json:
+        chosen = inpainter.backend
+        print_json(
+            {
+                "model": str(model),
+                "backend": chosen.name,
+                "device": chosen.device,
+                "precision": chosen.precision,
+                "strategy": strategy,
+                "working_size": working_size,
+                "images": done,
+                "failures": [{"input": str(job.image), "error": one_line(error)} for job, error in failures],
+            }
+        )
+    if failures and not image.is_dir():
+        raise failures[0][1]
+    if failures:
+        log.error("%d of %d pictures failed", len(failures), len(jobs))
+    return BATCH_FAILURES if failures else 0
+
+
+def _run(batch: Batch, jobs: list[Job], print_paths: bool) -> tuple[list[dict[str, Any]], list[tuple[Job, Exception]]]:
+    """Return the records of the jobs that went well, and those that did not with their errors."""
+    done: list[dict[str, Any]] = []
+    failures: list[tuple[Job, Exception]] = []
+    with _progress("pictures" if len(jobs) > 1 else "crops") as step:
+        for number, job in enumerate(jobs, start=1):
+            try:
+                record = batch.run(job, progress=step if len(jobs) == 1 else None)
+            except (MisfError, ValueError, OSError, MemoryError) as error:
+                failures.append((job, error))
+                if len(jobs) > 1:
+                    log.error("%s: %s", job.relative, one_line(error))
+                    log.debug("the failure in full:", exc_info=True)
+            else:
+                done.append(record)
+                if print_paths:
+                    click.echo(record["output"])
+                log.info(
+                    "%s: %dx%d, %s, %d crops, %.2f s",
+                    job.relative,
+                    record["width"],
+                    record["height"],
+                    record["strategy"],
+                    record["crops"],
+                    record["seconds"],
+                )
+            if len(jobs) > 1:
+                step(number, len(jobs))
+    return done, failures
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Step]:
+    """Yield a function that moves a progress bar on stderr; it does nothing where stderr is no terminal."""
+    if not wants_progress_bar():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,160 @@
+"""The Python API: a model, a picture, a mask, and the picture with its holes filled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..plugins.cli_support import one_line
+from ..plugins.errors import MisfError
+from .backends import Backend, open_backend
+from .canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
+from .crops import Crop, Mask, Size, chosen_strategy, plan_crops
+from .masks import check_mask, mask_from_array, mask_from_image
+
+log = logging.getLogger(__name__)
+
+Picture_ = TypeVar("Picture_", NDArray[Any], Image.Image)
+MANY_CROPS = 32
+
+
+@dataclass(frozen=True)
+class FillReport:
+    """How a picture was filled."""
+
+    strategy: str  # crop, resize or original: what auto came to
+    crops: int
+    hole_pixels: int
+    model_seconds: float
+
+
+class Inpainter:
+    """A model ready to fill holes.
+
+    model: an .onnx file or a checkpoint. strategy: "crop" runs the model around each hole, "resize" on the whole
+    picture reduced to the working size, "original" on the whole picture as it is; "auto" is original for a picture of
+    about the working size or less, else crop. working_size: the model sees about working_size x working_size pixels at
+    a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's side. backend, device,
+    precision, threads: see `open_backend`.
+
+        inpaint = Inpainter("best.onnx")
+        result = inpaint(image, mask)
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        device: str | None = None,
+        strategy: str = "auto",
+        working_size: int = 512,
+        margin: int | None = None,
+        precision: str = "auto",
+        threads: int | None = None,
+    ):
+        plan_crops(np.zeros((1, 1), np.bool_), strategy, working_size, margin)  # a bad setting ends here, at once
+        self.strategy, self.working_size, self.margin = strategy, working_size, margin
+        self.backend: Backend = open_backend(model, backend, device, precision, threads)
+
+    def inpaint(self, image: Picture_, mask: Any) -> Picture_:
+        """Return the picture with its holes filled, as the kind that came; pixels outside the hole are equal.
+
+        image: uint8 or uint16 H,W,3 RGB (or H,W grey, H,W,4 RGBA), or a Pillow picture. mask: uint8 H,W (over 127 =
+        hole) or bool, or a Pillow picture (white = hole). Raises ValueError for a wrong shape, type or size, MisfError
+        when the model fails or memory runs out.
+        """
+        hole = mask_from_image(mask) if isinstance(mask, Image.Image) else mask_from_array(np.asarray(mask))
+        if not isinstance(image, Image.Image):
+            result = np.array(image)
+            self.fill(ArrayCanvas(result), hole)
+            return result
+        if image.mode.startswith("I;16"):
+            return Image.fromarray(self.inpaint(np.array(image, np.uint16), hole))
+        copy = image.copy()
+        self.fill(PillowCanvas(copy), hole)
+        return copy
+
+    __call__ = inpaint
+
+    def fill(self, canvas: Canvas, hole: Mask, progress: Callable[[int, int], None] | None = None) -> FillReport:
+        """Fill the holes of a canvas in place and return how; `progress` is told crops done and crops in all."""
+        check_mask(hole, canvas.size)
+        crops = plan_crops(hole, self.strategy, self.working_size, self.margin)
+        if len(crops) > MANY_CROPS:
+            log.info("%d crops: many holes, or a long one, at native resolution", len(crops))
+        waiting = hole.copy() if len(crops) > 1 else hole  # not filled yet: later crops see what earlier ones filled
+        seconds = 0.0
+        for done, crop in enumerate(crops):
+            log.debug("crop %s at %dx%d", tuple(crop.box), crop.size[1], crop.size[0])
+            started = time.perf_counter()
+            fill = self._predict(canvas.read(crop.box, crop.size), _reduced_mask(waiting[crop.box.slices], crop.size))
+            seconds += time.perf_counter() - started
+            canvas.paste(crop.core, _full_resolution(fill, crop), crop.hole)
+            if len(crops) > 1:
+                waiting[crop.core.slices] &= ~crop.hole
+            if progress:
+                progress(done + 1, len(crops))
+        strategy = chosen_strategy(self.strategy, canvas.size, self.working_size)
+        return FillReport(strategy, len(crops), int(np.count_nonzero(hole)), seconds)
+
+    def _predict(self, rgb: Pixels, hole: Mask) -> Pixels:
+        """Return the model's finished picture for float32 H,W,3 and bool H,W."""
+        height, width = hole.shape
+        below, right = -height % self.backend.multiple, -width % self.backend.multiple
+        if below or right:
+            rgb = np.pad(rgb, ((0, below), (0, right), (0, 0)), "symmetric")
+            hole = np.pad(hole, ((0, below), (0, right)), "symmetric")
+        image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])
+        mask = hole[None, None].astype(np.float32)
+        try:
+            output = self.backend(image, mask)
+        except MisfError:
+            raise
+        except Exception as error:  # every backend has its own exceptions
+            raise self._failure(error, hole.shape) from error
+        if output.shape != image.shape:
+            raise MisfError(f"the model returned the shape {output.shape} for a picture of {image.shape}")
+        if not np.isfinite(output).all():
+            raise MisfError(
+                f"the model returned NaN or infinity at {width}x{height} in {self.backend.precision}: "
+                "check it with misf-verify, and use an fp32 model meanwhile"
+            )
+        return np.asarray(output[0].transpose(1, 2, 0)[:height, :width], np.float32)
+
+    def _failure(self, error: Exception, size: Size) -> MisfError:
+        if is_out_of_memory(error):
+            return MisfError(
+                f"out of memory while filling {size[1]}x{size[0]} pixels at once on {self.backend.device}: "
+                "use --strategy crop, or a smaller --working-size"
+            )
+        return MisfError(f"{self.backend.name} failed at {size[1]}x{size[0]}: {one_line(error)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception of any backend says that memory ran out: it is known by its text only."""
+    text = str(error).lower()
+    signs = ("out of memory", "bad_alloc", "bad allocation", "failed to allocate", "can't allocate")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
+
+
+def _reduced_mask(hole: Mask, size: Size) -> Mask:
+    """Return the mask at the size that the model sees: every pixel into which a hole pixel bleeds is hole."""
+    return hole if hole.shape == size else resize(hole[..., None].astype(np.float32), size)[..., 0] > 0
+
+
+def _full_resolution(fill: Pixels, crop: Crop) -> Pixels:
+    """Return the part of a prediction that lies over the crop's core, at native resolution."""
+    left, top = crop.core.left - crop.box.left, crop.core.top - crop.box.top
+    height, width = crop.core.size
+    if crop.size != crop.box.size:
+        fill = resize(fill, crop.box.size, smooth=True)
+    return fill[top : top + height, left : left + width]

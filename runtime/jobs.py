@@ -1,0 +1,98 @@
+"""Which picture goes with which mask and to which output: files and folders turned into a list of jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .image_io import FORMATS
+
+MASK_NAME = re.compile(r"(.+)_mask\d*")  # LaMa's pairs: x.png and x_mask001.png side by side
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to fill."""
+
+    image: Path
+    output: Path
+    output_named: bool  # the user named this very file, so it may be overwritten
+    relative: Path  # the picture within its folder
+
+
+def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> list[Job]:
+    """Return a job per picture: one for a file, those below a folder in the order of their names.
+
+    Without `output` a file goes to NAME_inpainted.EXT beside it and a folder to IMAGE_inpainted. Raises ValueError
+    where no picture is found or the output is of the wrong kind.
+    """
+    if not image.is_dir():
+        if output is None:
+            return [Job(image, image.with_name(f"{image.stem}_inpainted{image.suffix}"), False, Path(image.name))]
+        if output.is_dir():
+            return [Job(image, output / image.name, False, Path(image.name))]
+        if not output.parent.is_dir():
+            raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+        return [Job(image, output, True, Path(image.name))]
+    folder = output or image.with_name(f"{image.resolve().name}_inpainted")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{image} is a folder and the output {folder} is a file: name a folder")
+    jobs = [Job(image / path, folder / path, False, path) for path in _pictures(image, mask, folder)]
+    if not jobs:
+        raise ValueError(f"{image} holds no pictures: expected files that end in one of {' '.join(FORMATS)}")
+    return jobs
+
+
+def find_mask(job: Job, mask: Path) -> Path:
+    """Return the mask of a job: `mask` itself if it is a file; in a folder the picture of the same name, with any
+    suffix, or with _mask and a number added. ValueError if there is none or more than one."""
+    if not mask.is_dir():
+        return mask
+    folder = mask / job.relative.parent
+    stem = job.relative.stem
+    pictures = [path for path in folder.iterdir() if _is_picture(path)] if folder.is_dir() else []
+    same = [path for path in pictures if path.stem == stem and not _same_file(path, job.image)]
+    paired = [path for path in pictures if (match := MASK_NAME.fullmatch(path.stem)) and match[1] == stem]
+    found = same or paired
+    if not found:
+        raise ValueError(f"no mask for {job.relative}: expected {stem}.* or {stem}_mask*.* in {folder}")
+    if len(found) > 1:
+        names = ", ".join(sorted(path.name for path in found))
+        raise ValueError(f"{len(found)} masks for {job.relative}: {names}; expected one")
+    return found[0]
+
+
+def check_output(job: Job, mask: Path | None, force: bool) -> None:
+    """Raise ValueError if writing a job's output would overwrite what the user did not name."""
+    if force or not job.output.exists():
+        return
+    for what, path in (("picture", job.image), ("mask", mask)):
+        if path is not None and _same_file(job.output, path):
+            raise ValueError(f"the output {job.output} is the {what} itself: name another, or pass --force")
+    if not job.output_named:
+        raise ValueError(f"{job.output} exists already: pass --force to overwrite it")
+
+
+def _pictures(image: Path, mask: Path | None, output: Path) -> list[Path]:
+    """Return the pictures below a folder, relative to it; no hidden ones, no masks, no outputs."""
+    apart = [path.resolve() for path in (mask, output) if path is not None]
+    pairs = mask is not None and mask.is_dir() and mask.resolve() == image.resolve()
+    found = []
+    for folder, folders, names in os.walk(image):
+        here = Path(folder)
+        folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() not in apart]
+        for path in (here / name for name in names if not name.startswith(".")):
+            is_mask = (pairs and MASK_NAME.fullmatch(path.stem)) or path.resolve() in apart
+            if _is_picture(path) and not is_mask:
+                found.append(path.relative_to(image))
+    return sorted(found)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in FORMATS and path.is_file()
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)

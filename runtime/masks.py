@@ -1,0 +1,89 @@
+"""Masks: white is the hole. Any picture, array or alpha channel becomes a bool array, True = hole."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .crops import Mask, Size
+
+log = logging.getLogger(__name__)
+
+THRESHOLD = 127
+MOSTLY_HOLE = 0.7
+
+
+def mask_from_image(
+    image: Image.Image, threshold: int = THRESHOLD, invert: bool = False, from_alpha: bool = False
+) -> Mask:
+    """Return bool H,W, True = hole, from a picture of any 8- or 16-bit mode.
+
+    A pixel is a hole where its grey value (over black where it is transparent) is over `threshold`. With `from_alpha`
+    it is one where the alpha channel is transparent by more than `threshold`: alpha 0 is a hole. `invert` swaps both.
+    """
+    if from_alpha:
+        if not image.has_transparency_data:
+            raise ValueError(f"the mask was to come from an alpha channel, and the picture ({image.mode}) has none")
+        grey = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+    else:
+        grey = _grey(image)
+    between = sum(grey.histogram()[1:255])
+    if between:
+        log.info(
+            "the mask has grey levels (%.2f %% of its pixels): those over %d count as hole",
+            100 * between / (grey.width * grey.height),
+            threshold,
+        )
+    mask = np.asarray(grey) > threshold
+    brightest = grey.getextrema()[1]
+    if not invert and not from_alpha and 0 < brightest <= threshold:  # type: ignore[operator]
+        log.warning("the mask's brightest value is %s: use --mask-threshold 0 if every value but 0 is hole", brightest)
+    return ~mask if invert else mask
+
+
+def mask_from_array(array: NDArray[Any]) -> Mask:
+    """Return bool H,W, True = hole, from a bool array or one of uint8, over 127 = hole; H,W or H,W,1."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
+        raise ValueError(
+            f"expected a mask of shape H,W and uint8 (over {THRESHOLD} = hole) or bool, "
+            f"got shape {array.shape} and {array.dtype}"
+        )
+    return array if array.dtype == np.bool_ else array > THRESHOLD
+
+
+def resized_mask(mask: Mask, size: Size) -> Mask:
+    """Return the mask at another size H,W, by the nearest pixel."""
+    return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def check_mask(mask: Mask, size: Size) -> None:
+    """Warn of a mask that is empty, full or nearly full; raise ValueError for one of another size than the picture."""
+    if mask.shape != size:
+        raise ValueError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} and the picture {size[1]}x{size[0]} (width x height): "
+            "give a mask of the picture's size, or pass --resize-mask"
+        )
+    share = np.count_nonzero(mask) / mask.size
+    if share == 0:
+        log.warning("the mask is empty: nothing to fill, the picture stays as it is")
+    elif share == 1:
+        log.warning("the mask covers the whole picture: nothing is known to fill it from; is it inverted?")
+    elif share > MOSTLY_HOLE:
+        log.warning("the mask covers %.0f %% of the picture: is it inverted? (--invert-mask)", 100 * share)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"masks of 32-bit numbers (Pillow's mode {image.mode}) are not supported: save it as 8 bits")
+    if image.has_transparency_data:
+        shown = image.convert("RGBA")
+        return Image.composite(shown.convert("L"), Image.new("L", shown.size), shown.getchannel("A"))
+    return image.convert("L")
