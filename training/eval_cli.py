@@ -89,7 +89,7 @@ def main(
         checkpoints, models, official, peers, {"backend": backend, "device": device, "precision": precision}
     )
 
-    from .evaluate import cases, evaluate
+    from .evaluate import cases, document, evaluate
 
     taken = len(pictures) if per_band is None else min(per_band, len(pictures))
     with _progress(3 * taken) as step:
@@ -107,7 +107,7 @@ def main(
         "masks": masks if masks == "random" else Path(masks).name,
     }
     if as_json:
-        print_json(_document(methods, settings, data, pictures, taken))
+        print_json({"misf": misf_version(), **document(methods, data.name, pictures, settings, details=True)})
     else:
         _print_table(methods, distance is not None)
     return BATCH_FAILURES if pictures.bad else 0
@@ -174,29 +174,6 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     ) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
-
-
-def _document(
-    methods: list[Method], settings: dict[str, Any], data: Path, pictures: Pictures, taken: int
-) -> dict[str, Any]:
-    from ..plugins.files import sha256
-
-    reports = []
-    for method in methods:
-        digest = None if method.path is None else sha256(method.path)
-        reports.append({**method.report(), "sha256": digest, "pictures": method.details()})
-    return {
-        "misf": misf_version(),
-        "data": {
-            "name": data.name,
-            "pictures": len(pictures),
-            "taken": taken,
-            "bad": {str(path): reason for path, reason in pictures.bad.items()},
-        },
-        "settings": settings,
-        "metrics": "of the 8-bit composite; SSIM: Gaussian window, sigma 1.5; LPIPS (AlexNet) only with --lpips",
-        "methods": reports,
-    }
 
 
 def _print_table(methods: list[Method], with_lpips: bool) -> None:

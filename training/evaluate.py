@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..plugins.files import sha256
 from .dataset import Pictures
 from .masks import BANDS, Band, Mask, MaskFolder, band_name, band_of, random_mask
 from .metrics import compare, mean_of, paste
@@ -21,6 +22,11 @@ from .peers import Fill
 
 Picture = NDArray[np.uint8]
 Distance = Callable[[Picture, Picture], float]
+
+METRICS = (
+    "means over pictures, of the 8-bit composite: PSNR in dB; SSIM with a Gaussian window of sigma 1.5, mean over RGB; "
+    "L1 in percent of full range; hole PSNR over the hole's pixels only; LPIPS (AlexNet) where its weights were given"
+)
 
 
 @dataclass(frozen=True)
@@ -198,3 +204,32 @@ def evaluate(
     """Measure every method on every case; yield each case with the methods' composites, in the methods' order."""
     for case in measured:
         yield case, [method.measure(case, distance) for method in methods]
+
+
+def document(
+    methods: Sequence[Method], data: str, pictures: Pictures, settings: dict[str, Any], *, details: bool
+) -> dict[str, Any]:
+    """Return everything that was measured, ready for JSON: what on, how, and each method's means; paths by name only.
+
+    Args:
+        methods: after their measuring.
+        data: the name of the pictures' folder or list.
+        pictures: what was measured on.
+        settings: size, seed and so on, as given.
+        details: with one entry per method, picture and mask.
+    """
+    reports = []
+    for method in methods:
+        digest = None if method.path is None else sha256(method.path)
+        pages = {"details": method.details()} if details else {}
+        reports.append({**method.report(), "sha256": digest, **pages})
+    return {
+        "data": {
+            "name": data,
+            "pictures": len(pictures),
+            "bad": {path.name: reason for path, reason in pictures.bad.items()},
+        },
+        "settings": settings,
+        "metrics": METRICS,
+        "methods": reports,
+    }
