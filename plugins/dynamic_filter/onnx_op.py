@@ -6,8 +6,7 @@ a runtime that knows the op takes its own implementation instead. Definition: `o
 
 from __future__ import annotations
 
-import onnx
-from onnx import FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, defs, parser
+from onnx import FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, defs, helper, parser
 
 OP_TYPE = "DynamicFilter"
 DOMAIN = "misf"
@@ -112,10 +111,30 @@ def attach_function(model: ModelProto) -> None:
     for node in nodes:
         present = {attribute.name for attribute in node.attribute}
         node.attribute.extend(
-            onnx.helper.make_attribute(key, value) for key, value in PLUGIN_ATTRIBUTES.items() if key not in present
+            helper.make_attribute(key, value) for key, value in PLUGIN_ATTRIBUTES.items() if key not in present
         )
     remaining = [function for function in model.functions if function.domain != DOMAIN]
     del model.functions[:]
     model.functions.extend([*remaining, *(function_body(size) for size in sizes)])
     if sizes and DOMAIN not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(OperatorSetIdProto(domain=DOMAIN, version=DOMAIN_VERSION))
+
+
+def one_node_model(channels: int, kernel_size: int, share: int, elem_type: int = TensorProto.FLOAT) -> ModelProto:
+    """Return a model of one filter: features N,C,H,W and taps N,M,H,W -> output N,C,H,W, all of `elem_type`.
+
+    `misf-doctor` and the plugin's tests run it; runtime/op_check.onnx is `one_node_model(8, 3, 4)`.
+    """
+    sizes = {"features": channels, "taps": channels * kernel_size**2 // share, "output": channels}
+    values = [
+        helper.make_tensor_value_info(name, elem_type, ["batch", size, "height", "width"])
+        for name, size in sizes.items()
+    ]
+    node = helper.make_node(
+        OP_TYPE, ["features", "taps"], ["output"], "filter", domain=DOMAIN, kernel_size=kernel_size, share=share
+    )
+    graph = helper.make_graph([node], "dynamic_filter", values[:2], values[2:])
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    model = helper.make_model(graph, ir_version=10, producer_name="misf", opset_imports=opsets)
+    attach_function(model)
+    return model

@@ -115,8 +115,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("misf::dynamic_filter", mutates_args=())
-def _forward_op(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
+def _forward_reference(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
     """Shift and accumulate on views of the unexpanded taps: no K*K copies of the features are ever made."""
     dtype = _accumulation_dtype(features.dtype)
     source = features.to(dtype)
@@ -128,13 +127,15 @@ def _forward_op(features: Tensor, taps: Tensor, kernel_size: int, share: int) ->
     return output.to(features.dtype)
 
 
+_forward_op = torch.library.custom_op("misf::dynamic_filter", _forward_reference, mutates_args=())
+
+
 @_forward_op.register_fake
 def _(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:  # noqa: ARG001 - the op's signature
     return torch.empty_like(features)
 
 
-@torch.library.custom_op("misf::dynamic_filter_backward", mutates_args=())
-def _backward_op(
+def _backward_reference(
     grad_output: Tensor, features: Tensor, taps: Tensor, kernel_size: int, share: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients to features and taps; saves nothing but the op's own inputs."""
@@ -150,6 +151,9 @@ def _backward_op(
         gf[:, :, channel][at].addcmul_(g[:, :, channel][to], t[:, :, tap][to].to(dtype))
         gt[:, :, tap][to].addcmul_(g[:, :, channel][to], f[:, :, channel][at])
     return grad_features.to(features.dtype), grad_taps.to(taps.dtype)
+
+
+_backward_op = torch.library.custom_op("misf::dynamic_filter_backward", _backward_reference, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -175,3 +179,22 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# CUDA tensors go to the kernels of kernel.cuh; float64, which only gradient checks use, stays with the reference.
+
+
+@_forward_op.register_kernel("cuda")
+def _(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
+    from . import cuda
+
+    implementation = cuda.forward if cuda.serves(features) else _forward_reference
+    return implementation(features, taps, kernel_size, share)
+
+
+@_backward_op.register_kernel("cuda")
+def _(grad_output: Tensor, features: Tensor, taps: Tensor, kernel_size: int, share: int) -> tuple[Tensor, Tensor]:
+    from . import cuda
+
+    implementation = cuda.backward if cuda.serves(features) else _backward_reference
+    return implementation(grad_output, features, taps, kernel_size, share)

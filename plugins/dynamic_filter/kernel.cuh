@@ -1,0 +1,321 @@
+// The dynamic filter on CUDA: forward, gradient to features, gradient to taps.
+//
+// Definition (the contract is op.py; correlation, zero border, sums in float32 whatever the storage type):
+//
+//     output[n,c,y,x] = sum over i,j in [0,K) of
+//         features[n, c, y + i - K/2, x + j - K/2] * taps[n, (c*K*K + i*K + j) / R, y, x]
+//
+// Two layouts. Planar: N,C,H,W. Channels last: N,H,W,C, where a pixel may be longer than its channels (`...Stride`
+// elements from one pixel to the next: TensorRT's HWC8 rounds 3 up to 8, 27 up to 32); padding that is read is ignored,
+// padding that is written is zero.
+//
+// R consecutive taps use one channel of `taps`, so P = R / gcd(R, K*K) channels of features form a group that uses
+// whole channels of taps: 4 channels share 9 tap channels for MISF's K = 3, R = 4. A thread makes whole groups and
+// therefore reads each of their taps once. Every thread writes outputs of its own, in the gradients too (they gather):
+// no atomics, no shared memory, no synchronisation, and results do not change from run to run.
+//
+// Includes CUDA headers only: the same text is compiled by nvcc (TensorRT plugin), NVRTC (cuda.py) and, for the tests,
+// by a host compiler that walks grid and block. Geometry and choice of kernel: launch.cuh.
+#pragma once
+
+#include "access.cuh"
+
+namespace misf
+{
+
+// ---- planar ---------------------------------------------------------------------------------------------------------
+
+// Columns column - K/2 .. column + V - 1 + K/2 of one row of a plane; zero outside the picture.
+template <typename T, int K, int V> struct Window
+{
+    T value[V + K - 1];
+
+    __device__ float operator[](int index) const { return toFloat(value[index]); }
+
+    static __device__ Window read(const T* plane, const Shape& s, int row, int column)
+    {
+        constexpr int kBORDER = K / 2;
+        const bool rowInside = row >= 0 && row < s.height;
+        const T* const from = plane + (rowInside ? (long long)(row) * s.width + column : 0);
+        Window window;
+        const auto middle = Strip<T, V, V>::read(from, rowInside ? V : 0);
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+            window.value[kBORDER + k] = middle.value[k];
+#pragma unroll
+        for (int k = 0; k < kBORDER; ++k)
+        {
+            window.value[k] = fromFloat<T>(0.F);
+            if (rowInside && column + k >= kBORDER)
+                window.value[k] = from[k - kBORDER];
+            window.value[kBORDER + V + k] = fromFloat<T>(0.F);
+            if (rowInside && column + V + k < s.width)
+                window.value[kBORDER + V + k] = from[V + k];
+        }
+        return window;
+    }
+};
+
+// A thread makes one channel group at V neighbouring columns. V > 1 needs W % V == 0 and pointers aligned to V elements.
+template <typename T, int K, int R, int V>
+__global__ void __launch_bounds__(kTHREADS)
+    forwardPlanar(const T* __restrict__ features, const T* __restrict__ taps, T* __restrict__ output, Shape s)
+{
+    constexpr int kAREA = K * K;
+    constexpr int kGROUP = groupChannels(K, R);
+    constexpr int kGROUP_TAPS = kGROUP * kAREA / R;
+
+    const Place at = Place::ofThread(s, V);
+    if (!at.inside(s))
+        return;
+
+    Strip<T, V, V> tap[kGROUP_TAPS];
+#pragma unroll
+    for (int m = 0; m < kGROUP_TAPS; ++m)
+    {
+        const long long row = planarRow(s, at.image, s.tapChannels, at.group * kGROUP_TAPS + m, at.row);
+        tap[m] = Strip<T, V, V>::read(taps + row + at.column);
+    }
+
+#pragma unroll
+    for (int p = 0; p < kGROUP; ++p)
+    {
+        const long long plane = planarRow(s, at.image, s.channels, at.group * kGROUP + p, 0);
+        float sum[V] = {};
+#pragma unroll
+        for (int i = 0; i < K; ++i)
+        {
+            const auto window = Window<T, K, V>::read(features + plane, s, at.row + i - K / 2, at.column);
+#pragma unroll
+            for (int j = 0; j < K; ++j)
+#pragma unroll
+                for (int v = 0; v < V; ++v)
+                    sum[v] += window[v + j] * tap[(p * kAREA + i * K + j) / R][v];
+        }
+        Strip<T, V, V> result;
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            result.value[v] = fromFloat<T>(sum[v]);
+        result.write(output + plane + (long long)(at.row) * s.width + at.column);
+    }
+}
+
+// gradTaps[n,m,y,x] = sum over the R consecutive (c,i,j) of tap m: gradOutput[n,c,y,x] * features[n,c,y+i-K/2,x+j-K/2].
+// The order of (c,i,j) is the order of m, so one running sum per column is enough.
+template <typename T, int K, int R, int V>
+__global__ void __launch_bounds__(kTHREADS)
+    gradTapsPlanar(const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
+{
+    constexpr int kAREA = K * K;
+    constexpr int kGROUP = groupChannels(K, R);
+    constexpr int kGROUP_TAPS = kGROUP * kAREA / R;
+
+    const Place at = Place::ofThread(s, V);
+    if (!at.inside(s))
+        return;
+
+    float sum[V] = {};
+#pragma unroll
+    for (int p = 0; p < kGROUP; ++p)
+    {
+        const long long plane = planarRow(s, at.image, s.channels, at.group * kGROUP + p, 0);
+        const auto grad = Strip<T, V, V>::read(gradOutput + plane + (long long)(at.row) * s.width + at.column);
+#pragma unroll
+        for (int i = 0; i < K; ++i)
+        {
+            const auto window = Window<T, K, V>::read(features + plane, s, at.row + i - K / 2, at.column);
+#pragma unroll
+            for (int j = 0; j < K; ++j)
+            {
+                const int q = p * kAREA + i * K + j; // a constant after unrolling
+#pragma unroll
+                for (int v = 0; v < V; ++v)
+                    sum[v] += grad[v] * window[v + j];
+                if (q % R != R - 1)
+                    continue;
+                Strip<T, V, V> result;
+#pragma unroll
+                for (int v = 0; v < V; ++v)
+                {
+                    result.value[v] = fromFloat<T>(sum[v]);
+                    sum[v] = 0.F;
+                }
+                const int m = at.group * kGROUP_TAPS + q / R;
+                result.write(gradTaps + planarRow(s, at.image, s.tapChannels, m, at.row) + at.column);
+            }
+        }
+    }
+}
+
+// gradFeatures[n,c,y,x] = sum over i,j of (gradOutput[n,c] * taps[n,m(c,i,j)]) at the pixel (y - i + K/2, x - j + K/2).
+template <typename T, int K, int R, int V>
+__global__ void __launch_bounds__(kTHREADS)
+    gradFeaturesPlanar(const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
+{
+    constexpr int kAREA = K * K;
+    constexpr int kGROUP = groupChannels(K, R);
+    constexpr int kGROUP_TAPS = kGROUP * kAREA / R;
+
+    const Place at = Place::ofThread(s, V);
+    if (!at.inside(s))
+        return;
+
+#pragma unroll
+    for (int p = 0; p < kGROUP; ++p)
+    {
+        const long long plane = planarRow(s, at.image, s.channels, at.group * kGROUP + p, 0);
+        float sum[V] = {};
+#pragma unroll
+        for (int i = 0; i < K; ++i)
+        {
+            const int row = at.row - i + K / 2;
+            const auto grad = Window<T, K, V>::read(gradOutput + plane, s, row, at.column);
+            Window<T, K, V> tap;
+#pragma unroll
+            for (int j = 0; j < K; ++j)
+            {
+                const int q = p * kAREA + i * K + j;
+                if (j == 0 || q % R == 0) // the first tap of this row, or of the next channel of taps
+                {
+                    const int m = at.group * kGROUP_TAPS + q / R;
+                    tap = Window<T, K, V>::read(
+                        taps + planarRow(s, at.image, s.tapChannels, m, 0), s, row, at.column);
+                }
+#pragma unroll
+                for (int v = 0; v < V; ++v)
+                    sum[v] += grad[v + K - 1 - j] * tap[v + K - 1 - j];
+            }
+        }
+        Strip<T, V, V> result;
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            result.value[v] = fromFloat<T>(sum[v]);
+        result.write(gradFeatures + plane + (long long)(at.row) * s.width + at.column);
+    }
+}
+
+// ---- channels last --------------------------------------------------------------------------------------------------
+
+// The V channels of a pixel that one thread makes, and their taps. `Width`: elements per access, 1 or 16 bytes' worth;
+// above 1 it needs pointers and strides that are multiples of it. V is a whole number of groups.
+template <typename T, int K, int R, int V, int Width> struct Pixel
+{
+    static_assert(V % groupChannels(K, R) == 0, "a thread makes whole groups");
+    static constexpr int kTAPS = V * K * K / R;
+    static constexpr int kTAP_WIDTH = accessWidth(kTAPS, Width); // 18 or 36 taps are no multiple of 8
+    using Channels = Strip<T, V, Width>;
+    using Taps = Strip<T, kTAPS, kTAP_WIDTH>;
+
+    // The thread's channels and taps of a tensor at pixel (row, column); zero outside the picture.
+    static __device__ Channels readChannels(const T* from, const Shape& s, const Place& at, int row, int column, int stride)
+    {
+        const bool inside = insidePicture(s, row, column);
+        const long long offset = inside ? pixelIndex(s, at.image, row, column) * stride + at.group * V : 0;
+        return Channels::read(from + offset, inside ? stride - at.group * V : 0);
+    }
+
+    static __device__ Taps readTaps(const T* from, const Shape& s, const Place& at, int row, int column)
+    {
+        const bool inside = insidePicture(s, row, column);
+        const long long offset = inside ? pixelIndex(s, at.image, row, column) * s.tapStride + at.group * kTAPS : 0;
+        return Taps::read(from + offset, inside ? s.tapStride - at.group * kTAPS : 0);
+    }
+
+    // Rounds sums of channels to T; channels from `channels` on are padding, and zero.
+    static __device__ void writeChannels(const float (&sum)[V], T* to, const Shape& s, const Place& at, int stride)
+    {
+        Channels result;
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            result.value[v] = fromFloat<T>(at.group * V + v < s.channels ? sum[v] : 0.F);
+        const long long offset = pixelIndex(s, at.image, at.row, at.column) * stride + at.group * V;
+        result.write(to + offset, stride - at.group * V);
+    }
+};
+
+template <typename T, int K, int R, int V, int Width>
+__global__ void __launch_bounds__(kTHREADS)
+    forwardChannelsLast(const T* __restrict__ features, const T* __restrict__ taps, T* __restrict__ output, Shape s)
+{
+    using Mine = Pixel<T, K, R, V, Width>;
+
+    const Place at = Place::ofThread(s, 1);
+    if (!at.inside(s) || at.group * V >= s.outputStride)
+        return;
+
+    const auto tap = Mine::readTaps(taps, s, at, at.row, at.column);
+    float sum[V] = {};
+#pragma unroll
+    for (int t = 0; t < K * K; ++t)
+    {
+        const int row = at.row + t / K - K / 2;
+        const int column = at.column + t % K - K / 2;
+        const auto feature = Mine::readChannels(features, s, at, row, column, s.featureStride);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            sum[v] += feature[v] * tap[(v * K * K + t) / R];
+    }
+    Mine::writeChannels(sum, output, s, at, s.outputStride);
+}
+
+// As gradTapsPlanar. The features of the whole window are held, because taps are finished channel by channel.
+template <typename T, int K, int R, int V, int Width>
+__global__ void __launch_bounds__(kTHREADS)
+    gradTapsChannelsLast(const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
+{
+    using Mine = Pixel<T, K, R, V, Width>;
+
+    const Place at = Place::ofThread(s, 1);
+    if (!at.inside(s) || at.group * Mine::kTAPS >= s.tapStride)
+        return;
+
+    const auto grad = Mine::readChannels(gradOutput, s, at, at.row, at.column, s.outputStride);
+    typename Mine::Channels feature[K * K];
+#pragma unroll
+    for (int t = 0; t < K * K; ++t)
+    {
+        const int row = at.row + t / K - K / 2;
+        const int column = at.column + t % K - K / 2;
+        feature[t] = Mine::readChannels(features, s, at, row, column, s.featureStride);
+    }
+    typename Mine::Taps result;
+#pragma unroll
+    for (int m = 0; m < Mine::kTAPS; ++m)
+    {
+        float sum = 0.F;
+#pragma unroll
+        for (int q = m * R; q < (m + 1) * R; ++q)
+            sum += grad[q / (K * K)] * feature[q % (K * K)][q / (K * K)];
+        result.value[m] = fromFloat<T>(at.group * Mine::kTAPS + m < s.tapChannels ? sum : 0.F);
+    }
+    const long long offset = pixelIndex(s, at.image, at.row, at.column) * s.tapStride + at.group * Mine::kTAPS;
+    result.write(gradTaps + offset, s.tapStride - at.group * Mine::kTAPS);
+}
+
+// As gradFeaturesPlanar.
+template <typename T, int K, int R, int V, int Width>
+__global__ void __launch_bounds__(kTHREADS)
+    gradFeaturesChannelsLast(const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
+{
+    using Mine = Pixel<T, K, R, V, Width>;
+
+    const Place at = Place::ofThread(s, 1);
+    if (!at.inside(s) || at.group * V >= s.featureStride)
+        return;
+
+    float sum[V] = {};
+#pragma unroll
+    for (int t = 0; t < K * K; ++t)
+    {
+        const int row = at.row - t / K + K / 2;
+        const int column = at.column - t % K + K / 2;
+        const auto grad = Mine::readChannels(gradOutput, s, at, row, column, s.outputStride);
+        const auto tap = Mine::readTaps(taps, s, at, row, column);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+            sum[v] += grad[v] * tap[(v * K * K + t) / R];
+    }
+    Mine::writeChannels(sum, gradFeatures, s, at, s.featureStride);
+}
+
+} // namespace misf
