@@ -32,6 +32,12 @@ class NetworkConfig:
     """Where features are filtered: 1 full resolution, 2 half, 3 quarter (the published model); 0 nowhere."""
     image_filter: bool = True
     """Whether the three output channels are filtered."""
+    normalize: bool = True
+    """Whether the filtering branch has instance norms. Without them a pixel's answer depends on its surroundings only,
+    not on the statistics of the whole picture, and small crops train what large pictures need."""
+    fill_first: bool = False
+    """Whether holes first get a smooth estimate from their surroundings, to which the network adds what it is missing.
+    Starts training near the classical methods: for networks that cannot be trained for days."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
@@ -105,7 +111,12 @@ class NetworkConfig:
 PRESETS: dict[str, NetworkConfig] = {
     "misf": NetworkConfig(),
     "misf-small": NetworkConfig(
-        width=32, prediction_width=24, prediction_convs=2, residual_dilations=(2, 4, 8, 2, 4, 8)
+        width=24,
+        prediction_width=8,
+        prediction_convs=2,
+        residual_dilations=(2, 4, 8, 4),
+        normalize=False,
+        fill_first=True,
     ),
     "misf-tiny": NetworkConfig(width=8, prediction_width=8, prediction_convs=1, residual_dilations=(2, 2)),
 }
