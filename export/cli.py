@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..plugins.cli_support import command, print_json
 from ..plugins.errors import EnvironmentMismatch, MisfError
+
+if TYPE_CHECKING:
+    from .exporter import ExportReport
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +70,7 @@ def main(
         raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
     precision = "fp16" if fp16 else precision or "fp32"
     if output is None:
-        output = checkpoint.with_name(checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
+        output = checkpoint.parent / (checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
         if output.exists() and not force:
             raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
     if output.suffix.lower() != ".onnx":
@@ -94,12 +99,12 @@ def main(
     click.echo(str(report.path))
 
 
-def _export(checkpoint, official, output, precision, calibration, range_limit):  # type: ignore[no-untyped-def]
-    try:
-        import onnx  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentMismatch(f"misf-export needs {error.name}: pip install 'misf[export]'") from error
+def _export(
+    checkpoint: Path, official: bool, output: Path, precision: str, calibration: Path | None, range_limit: float
+) -> ExportReport:
+    for module in ("torch", "onnx", "onnxscript"):
+        if importlib.util.find_spec(module) is None:
+            raise EnvironmentMismatch(f"misf-export needs {module}, which is not installed: pip install 'misf[export]'")
     from ..runtime.accuracy import load_photographs
     from ..training.checkpoint import load_checkpoint
     from .exporter import export_onnx

@@ -18,7 +18,7 @@ from onnx import ModelProto
 from ..plugins.errors import AccuracyError
 from ..plugins.files import sha256, written_whole
 from ..runtime import accuracy
-from ..runtime.backends import open_backend
+from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from ..training.checkpoint import Checkpoint, build_model
 from ..training.network import InpaintingNetwork, network_input
 from .onnx_model import complete_model, core_model
@@ -91,7 +91,7 @@ def check(
     path: Path, network: InpaintingNetwork, precision: str, photographs: Sequence[NDArray[np.uint8]]
 ) -> list[accuracy.CaseResult]:
     """Return how the ONNX file compares with the PyTorch network; AccuracyError if that is not near enough."""
-    backend = open_backend(path, backend="onnxruntime", device="cpu")
+    backend = OnnxRuntimeBackend(path, device="cpu")
     reference, tolerance = accuracy.torch_reference(network), accuracy.TOLERANCES[precision]
     results = [accuracy.compare(backend, reference, *case) for case in accuracy.cases(photographs)]
     if faults := [fault for result in results for fault in result.faults(tolerance)]:

@@ -158,5 +158,5 @@ def test_not_a_file(tmp_path: Path) -> None:
 def test_nan_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
     broken = {**weights, "stem.bias": torch.full_like(weights["stem.bias"], torch.nan)}
     save_checkpoint(tmp_path / "x.pt", TINY, broken)
-    with pytest.raises(MisfError, match="NaN or infinite weights in stem.bias"):
+    with pytest.raises(MisfError, match=r"NaN or infinite weights in stem\.bias"):
         load_model(tmp_path / "x.pt")

@@ -122,48 +122,39 @@ def test_wrong_sizes_are_named(
         dynamic_filter(torch.zeros(features), torch.zeros(taps), k, share)
 
 
-def one_node_model(case: tuple[int, ...], elem_type: int = TensorProto.FLOAT) -> onnx.ModelProto:
-    c, k, share = case[1], case[4], case[5]
-    node = helper.make_node("DynamicFilter", ["f", "t"], ["o"], domain="misf", kernel_size=k, share=share)
-    tensors = (("f", c), ("t", c * k * k // share), ("o", c))
-    f, t, o = (helper.make_tensor_value_info(name, elem_type, ["n", size, "h", "w"]) for name, size in tensors)
-    opsets = [helper.make_opsetid("", onnx_op.OPSET), helper.make_opsetid("misf", 1)]
-    model = helper.make_model(helper.make_graph([node], "g", [f, t], [o]), opset_imports=opsets, ir_version=10)
-    onnx_op.attach_function(model)
-    return model
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_onnx_function_body(case: tuple[int, ...]) -> None:
     onnx_op.register_schema()
-    model = one_node_model(case)
+    model = onnx_op.one_node_model(case[1], *case[4:])
     onnx.checker.check_model(model, full_check=True)
     features, taps = make_inputs(case)
     expected = numpy_filter(features, taps, *case[4:])
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for run in (session.run, ReferenceEvaluator(model).run):
-        np.testing.assert_allclose(run(None, {"f": features, "t": taps})[0], expected, rtol=1e-5, atol=2e-5)
+        np.testing.assert_allclose(run(None, {"features": features, "taps": taps})[0], expected, rtol=1e-5, atol=2e-5)
 
 
 def test_onnx_function_body_in_float16_accumulates_in_float32() -> None:
     features = np.full((1, 1, 3, 3), 200, np.float16)
     taps = np.array([150] * 5 + [-150] * 4, np.float16).reshape(1, 9, 1, 1) * np.ones((1, 1, 3, 3), np.float16)
-    model = one_node_model((1, 1, 3, 3, 3, 1), TensorProto.FLOAT16)
+    model = onnx_op.one_node_model(1, 3, 1, TensorProto.FLOAT16)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    output = session.run(None, {"f": features, "t": taps})[0]
+    output = session.run(None, {"features": features, "taps": taps})[0]
     assert output.dtype == np.float16
     assert output[0, 0, 1, 1] == 30000
 
 
 def test_onnx_nodes_must_agree_on_kernel_size() -> None:
-    model = one_node_model((1, 2, 3, 3, 3, 1))
-    model.graph.node.append(helper.make_node("DynamicFilter", ["o", "x"], ["p"], domain="misf", kernel_size=5, share=1))
+    model = onnx_op.one_node_model(2, 3, 1)
+    model.graph.node.append(
+        helper.make_node("DynamicFilter", ["output", "taps2"], ["p"], domain="misf", kernel_size=5, share=1)
+    )
     with pytest.raises(ValueError, match=r"one kernel_size, got \[3, 5\]"):
         onnx_op.attach_function(model)
 
 
 def test_onnx_plugin_attributes_are_there() -> None:
     """TensorRT 10.15 and later takes the plugin instead of the body only with these."""
-    (node,) = onnx_op.filter_nodes(one_node_model((1, 4, 2, 2, 3, 4)))
+    (node,) = onnx_op.filter_nodes(onnx_op.one_node_model(4, 3, 4))
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert attributes == {"kernel_size": 3, "share": 4, "plugin_namespace": b"misf", "plugin_version": b"1"}

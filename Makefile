@@ -1,0 +1,31 @@
+# make demo: the whole way on a photograph.  make test: everything that CI runs.  make lint: style and types.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+WEIGHTS = training/weights/misf-small.safetensors
+SAMPLES = runtime/samples
+
+.PHONY: demo test lint clean
+
+$(VENV)/.export: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.export $@
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/misf
+	for folder in training export plugins runtime; do ln -sfn ../../../$$folder build/types/misf/$$folder; done
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p misf
+
+clean:
+	rm -rf build demo runs $(VENV) *.egg-info

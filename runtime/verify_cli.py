@@ -1,0 +1,135 @@
+"""misf-verify: the accuracy gate."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..plugins.cli_support import command, print_json
+from ..plugins.errors import AccuracyError, EnvironmentMismatch
+
+if TYPE_CHECKING:
+    from .accuracy import CaseResult, Tolerance
+
+log = logging.getLogger(__name__)
+
+
+class Size(click.ParamType):
+    """HxW or NxHxW."""
+
+    name = "[Nx]HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        """Return N, H, W."""
+        match = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,5})x(\d{1,5})", str(value))
+        if not match or not all(int(side) for side in match.groups(default="1")):
+            self.fail(f"expected HxW or NxHxW such as 256x384, got {value!r}", param, ctx)
+        batch, height, width = (int(side) for side in match.groups(default="1"))
+        return batch, height, width
+
+
+@command("misf-verify")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The weights the model was made of.")
+@click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
+@click.option("--size", "sizes", type=Size(), multiple=True, help="A size to compare at; may be given several times.")
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of photographs to compare on.  [default: four shipped ones]",
+)
+@click.option("--backend", default="auto", help="What runs the model: auto, onnxruntime, openvino or pytorch.")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
+@click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
+@click.option("--min-psnr", type=float, help="Least PSNR in the hole, dB.  [default: fp16: 50, bf16: 45]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def main(
+    model: Path,
+    checkpoint: Path,
+    official: bool,
+    sizes: tuple[tuple[int, int, int], ...],
+    images: Path | None,
+    backend: str,
+    device: str | None,
+    max_abs: float | None,
+    min_psnr: float | None,
+    as_json: bool,
+) -> None:
+    """Compare MODEL with the PyTorch reference on photographs; exit 3 when it is not near enough.
+
+    Several sizes, one not square, one that must be padded, one a batch of two.
+
+    \b
+    Example:
+        misf-verify best_fp16.onnx --checkpoint best.pt
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise EnvironmentMismatch(
+            "misf-verify compares with PyTorch, which is not installed: pip install 'misf[export]'"
+        )
+    from . import accuracy
+    from .backends import open_backend
+
+    inpaint = open_backend(model, backend=backend, device=device)
+    default = accuracy.TOLERANCES[inpaint.precision]
+    tolerance = (
+        default if max_abs is None and min_psnr is None else accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
+    )
+    photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
+    results = _compare_all(inpaint, checkpoint, official, photographs, sizes)
+    faults = [fault for result in results for fault in result.faults(tolerance)]
+    _report(results, faults, tolerance, model, inpaint, as_json)
+    if faults:
+        raise AccuracyError(f"{model} differs too much from {checkpoint}: {'; '.join(faults)}")
+
+
+def _compare_all(
+    inpaint: Any,
+    checkpoint: Path,
+    official: bool,
+    photographs: list[Any],
+    sizes: tuple[tuple[int, int, int], ...],
+) -> list[CaseResult]:
+    from ..training.checkpoint import build_model, load_checkpoint
+    from . import accuracy
+
+    loaded = load_checkpoint(checkpoint, official=official)
+    made_of = getattr(inpaint, "checkpoint_sha256", loaded.sha256)
+    if made_of != loaded.sha256:
+        log.warning("the model was exported from another checkpoint (sha256 %s...), not %s", made_of[:12], checkpoint)
+    reference = accuracy.torch_reference(build_model(loaded))
+    cases = accuracy.cases(photographs, sizes or accuracy.SIZES)
+    return [accuracy.compare(inpaint, reference, *case) for case in cases]
+
+
+def _report(
+    results: list[CaseResult], faults: list[str], tolerance: Tolerance, model: Path, inpaint: Any, as_json: bool
+) -> None:
+    allowed = {"max_abs": tolerance.max_abs, "min_psnr_db": tolerance.min_psnr_db}
+    if as_json:
+        print_json(
+            {
+                "model": str(model),
+                "backend": inpaint.name,
+                "device": inpaint.device,
+                "precision": inpaint.precision,
+                "tolerance": allowed,
+                "passed": not faults,
+                "faults": faults,
+                "cases": [result.to_dict() for result in results],
+            }
+        )
+        return
+    from rich.console import Console
+
+    from .accuracy import results_table
+
+    title = f"{model.name} ({inpaint.precision}, {inpaint.name}, {inpaint.device}) against PyTorch float32"
+    Console().print(results_table(results, title))
+    asked = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
+    click.echo(f"{'FAILED' if faults else 'passed'} ({asked or 'finite values, known pixels equal'})")
