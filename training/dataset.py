@@ -96,6 +96,7 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
     """
     try:
         with Image.open(path) as opened:
+            ratio = max(opened.size) / min(opened.size)
             if short_side:
                 opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
             picture: Image.Image = ImageOps.exif_transpose(opened)
@@ -103,8 +104,8 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
                 picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) / 257 + 0.5).astype(np.uint8))
             picture = picture.convert("RGB")
             if short_side and min(picture.size) > short_side:
-                factor = short_side / min(picture.size)
-                size = (max(short_side, round(picture.width * factor)), max(short_side, round(picture.height * factor)))
+                long_side = round(short_side * ratio)
+                size = (short_side, long_side) if picture.width <= picture.height else (long_side, short_side)
                 picture = picture.resize(size, Image.Resampling.LANCZOS)
             return np.asarray(picture)
     except Exception as error:  # Pillow raises many classes for broken files

