@@ -17,6 +17,16 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.export $@
 
+demo: $(VENV)/.export
+	mkdir -p demo
+	$(BIN)/misf-export --checkpoint $(WEIGHTS) -o demo/misf-small.onnx
+	$(BIN)/misf-export --checkpoint $(WEIGHTS) --fp16 -o demo/misf-small_fp16.onnx
+	$(BIN)/misf-verify demo/misf-small.onnx --checkpoint $(WEIGHTS)
+	$(BIN)/misf-verify demo/misf-small_fp16.onnx --checkpoint $(WEIGHTS)
+	$(BIN)/misf-run demo/misf-small_fp16.onnx $(SAMPLES)/astronaut.jpg $(SAMPLES)/masks/astronaut.png \
+	    -o demo/astronaut_inpainted.png --concat --force
+	@echo "before, hole, after:" && ls $(CURDIR)/demo/*_concat.png
+
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
 

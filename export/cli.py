@@ -73,7 +73,7 @@ def main(
         output = checkpoint.parent / (checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
         if output.exists() and not force:
             raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
-    if output.suffix.lower() != ".onnx":
+    elif output.suffix.lower() != ".onnx":
         raise click.BadParameter(f"expected a name that ends in .onnx, got {output.name}", param_hint="--output")
     if output.resolve() == checkpoint.resolve():
         raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
