@@ -79,10 +79,10 @@ def _bits_for(count: int, limit: int) -> int:
     return min(limit, max(0, (count - 1).bit_length()))
 
 
-def _channels_per_thread(element_size: int, share: int, width: int) -> int:
+def _channels_per_thread(which: Pass, element_size: int, share: int, width: int) -> int:
     if width == 1:
         return share // math.gcd(share, 9)
-    return ACCESS_BYTES // element_size * (2 if share == 4 else 1)
+    return ACCESS_BYTES // element_size * (2 if which is Pass.FORWARD and share == 4 else 1)
 
 
 def call_shape(features: tuple[int, ...], kernel_size: int, share: int) -> Shape:
@@ -127,7 +127,7 @@ def plan(
             strides = (shape.feature_stride, shape.tap_stride, shape.output_stride)
             fits = alignment % ACCESS_BYTES == 0 and all(stride % wide == 0 for stride in strides)
             width = wide if fits else 1
-            per_thread = _channels_per_thread(element_size, shape.share, width)
+            per_thread = _channels_per_thread(which, element_size, shape.share, width)
             groups = _divide_up(written, per_thread * 9 // shape.share if which is Pass.GRAD_TAPS else per_thread)
             shape.group_bits = _bits_for(groups, _bits_for(128 // (per_thread * element_size), 5))
             columns = shape.width
@@ -136,7 +136,7 @@ def plan(
         else:
             widths = (wide, 4 // element_size, 1)
             width = next(w for w in widths if shape.width % w == 0 and alignment % (w * element_size) == 0)
-            groups = shape.channels // _channels_per_thread(element_size, shape.share, 1)
+            groups = shape.channels // _channels_per_thread(which, element_size, shape.share, 1)
             columns = shape.width // width
             shape.column_bits = _bits_for(columns, 5)
             kernel = f"misf::{name}Planar<{type_name}, 3, {shape.share}, {width}>"

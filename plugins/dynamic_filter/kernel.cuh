@@ -206,19 +206,27 @@ template <typename T, int K, int R, int V, int Width> struct Pixel
     using Channels = Strip<T, V, Width>;
     using Taps = Strip<T, kTAPS, kTAP_WIDTH>;
 
-    // The thread's channels and taps of a tensor at pixel (row, column); zero outside the picture.
-    static __device__ Channels readChannels(const T* from, const Shape& s, const Place& at, int row, int column, int stride)
+    // Offset of element `first` of the pixel `down` rows and `right` columns from the thread's own. Computed whether or
+    // not that is in the picture: loads without branches are issued together, and then wait together.
+    static __device__ long long offset(const Shape& s, const Place& at, int down, int right, int stride, int first)
     {
-        const bool inside = insidePicture(s, row, column);
-        const long long offset = inside ? pixelIndex(s, at.image, row, column) * stride + at.group * V : 0;
-        return Channels::read(from + offset, inside ? stride - at.group * V : 0);
+        const long long own = pixelIndex(s, at.image, at.row, at.column) * stride + first;
+        return own + down * ((long long)(s.width) * stride) + right * stride;
     }
 
-    static __device__ Taps readTaps(const T* from, const Shape& s, const Place& at, int row, int column)
+    // The thread's channels, or taps, of that pixel; zero outside the picture.
+    static __device__ Channels readChannels(const T* from, const Shape& s, const Place& at, int down, int right, int stride)
     {
-        const bool inside = insidePicture(s, row, column);
-        const long long offset = inside ? pixelIndex(s, at.image, row, column) * s.tapStride + at.group * kTAPS : 0;
-        return Taps::read(from + offset, inside ? s.tapStride - at.group * kTAPS : 0);
+        const int first = at.group * V;
+        const bool inside = insidePicture(s, at.row + down, at.column + right);
+        return Channels::read(from + offset(s, at, down, right, stride, first), inside ? stride - first : 0);
+    }
+
+    static __device__ Taps readTaps(const T* from, const Shape& s, const Place& at, int down, int right)
+    {
+        const int first = at.group * kTAPS;
+        const bool inside = insidePicture(s, at.row + down, at.column + right);
+        return Taps::read(from + offset(s, at, down, right, s.tapStride, first), inside ? s.tapStride - first : 0);
     }
 
     // Rounds sums of channels to T; channels from `channels` on are padding, and zero.
@@ -228,8 +236,7 @@ template <typename T, int K, int R, int V, int Width> struct Pixel
 #pragma unroll
         for (int v = 0; v < V; ++v)
             result.value[v] = fromFloat<T>(at.group * V + v < s.channels ? sum[v] : 0.F);
-        const long long offset = pixelIndex(s, at.image, at.row, at.column) * stride + at.group * V;
-        result.write(to + offset, stride - at.group * V);
+        result.write(to + offset(s, at, 0, 0, stride, at.group * V), stride - at.group * V);
     }
 };
 
@@ -243,22 +250,22 @@ __global__ void __launch_bounds__(kTHREADS)
     if (!at.inside(s) || at.group * V >= s.outputStride)
         return;
 
-    const auto tap = Mine::readTaps(taps, s, at, at.row, at.column);
+    const auto tap = Mine::readTaps(taps, s, at, 0, 0);
+    typename Mine::Channels feature[K * K];
+#pragma unroll
+    for (int t = 0; t < K * K; ++t)
+        feature[t] = Mine::readChannels(features, s, at, t / K - K / 2, t % K - K / 2, s.featureStride);
+
     float sum[V] = {};
 #pragma unroll
     for (int t = 0; t < K * K; ++t)
-    {
-        const int row = at.row + t / K - K / 2;
-        const int column = at.column + t % K - K / 2;
-        const auto feature = Mine::readChannels(features, s, at, row, column, s.featureStride);
 #pragma unroll
         for (int v = 0; v < V; ++v)
-            sum[v] += feature[v] * tap[(v * K * K + t) / R];
-    }
+            sum[v] += feature[t][v] * tap[(v * K * K + t) / R];
     Mine::writeChannels(sum, output, s, at, s.outputStride);
 }
 
-// As gradTapsPlanar. The features of the whole window are held, because taps are finished channel by channel.
+// As gradTapsPlanar.
 template <typename T, int K, int R, int V, int Width>
 __global__ void __launch_bounds__(kTHREADS)
     gradTapsChannelsLast(const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
@@ -269,15 +276,12 @@ __global__ void __launch_bounds__(kTHREADS)
     if (!at.inside(s) || at.group * Mine::kTAPS >= s.tapStride)
         return;
 
-    const auto grad = Mine::readChannels(gradOutput, s, at, at.row, at.column, s.outputStride);
+    const auto grad = Mine::readChannels(gradOutput, s, at, 0, 0, s.outputStride);
     typename Mine::Channels feature[K * K];
 #pragma unroll
     for (int t = 0; t < K * K; ++t)
-    {
-        const int row = at.row + t / K - K / 2;
-        const int column = at.column + t % K - K / 2;
-        feature[t] = Mine::readChannels(features, s, at, row, column, s.featureStride);
-    }
+        feature[t] = Mine::readChannels(features, s, at, t / K - K / 2, t % K - K / 2, s.featureStride);
+
     typename Mine::Taps result;
 #pragma unroll
     for (int m = 0; m < Mine::kTAPS; ++m)
@@ -288,8 +292,8 @@ __global__ void __launch_bounds__(kTHREADS)
             sum += grad[q / (K * K)] * feature[q % (K * K)][q / (K * K)];
         result.value[m] = fromFloat<T>(at.group * Mine::kTAPS + m < s.tapChannels ? sum : 0.F);
     }
-    const long long offset = pixelIndex(s, at.image, at.row, at.column) * s.tapStride + at.group * Mine::kTAPS;
-    result.write(gradTaps + offset, s.tapStride - at.group * Mine::kTAPS);
+    const int first = at.group * Mine::kTAPS;
+    result.write(gradTaps + Mine::offset(s, at, 0, 0, s.tapStride, first), s.tapStride - first);
 }
 
 // As gradFeaturesPlanar.
@@ -307,10 +311,10 @@ __global__ void __launch_bounds__(kTHREADS)
 #pragma unroll
     for (int t = 0; t < K * K; ++t)
     {
-        const int row = at.row - t / K + K / 2;
-        const int column = at.column - t % K + K / 2;
-        const auto grad = Mine::readChannels(gradOutput, s, at, row, column, s.outputStride);
-        const auto tap = Mine::readTaps(taps, s, at, row, column);
+        const int down = K / 2 - t / K;
+        const int right = K / 2 - t % K;
+        const auto grad = Mine::readChannels(gradOutput, s, at, down, right, s.outputStride);
+        const auto tap = Mine::readTaps(taps, s, at, down, right);
 #pragma unroll
         for (int v = 0; v < V; ++v)
             sum[v] += grad[v] * tap[(v * K * K + t) / R];

@@ -54,10 +54,12 @@ inline int bitsFor(long long count, int limit)
     return bits;
 }
 
-// Channels that a thread of the channels-last kernels makes; 2 * 16 bytes where few taps are read per channel.
-constexpr int channelsPerThread(int elementSize, int share, int width)
+// Channels that a thread of the channels-last kernels makes: one group, or one wide access; two in the forward pass where
+// each tap serves four products. (More spills registers in the gradients.)
+constexpr int channelsPerThread(Pass pass, int elementSize, int share, int width)
 {
-    return width == 1 ? groupChannels(3, share) : kACCESS_BYTES / elementSize * (share == 4 ? 2 : 1);
+    return width == 1 ? groupChannels(3, share)
+                      : kACCESS_BYTES / elementSize * (pass == Pass::kFORWARD && share == 4 ? 2 : 1);
 }
 
 // Plans a call. `shape` comes without geometry; `alignment`: bytes to which all three pointers are aligned.
@@ -87,7 +89,7 @@ inline Plan plan(Pass pass, Layout layout, Shape shape, int elementSize, unsigne
             const bool fits = alignment % kACCESS_BYTES == 0 && s.featureStride % wide == 0 && s.tapStride % wide == 0
                 && s.outputStride % wide == 0;
             result.width = fits ? wide : 1;
-            const int perThread = channelsPerThread(elementSize, s.share, result.width);
+            const int perThread = channelsPerThread(pass, elementSize, s.share, result.width);
             groups = divideUp(written, pass == Pass::kGRAD_TAPS ? perThread * 9 / s.share : perThread);
             // 128 bytes of features per pixel are whole cache lines; the rest of the block is a square of pixels.
             s.groupBits = bitsFor(groups, bitsFor(128 / (perThread * elementSize), 5));
@@ -138,7 +140,7 @@ template <Pass kPASS, typename T, int R, int V> constexpr Kernel<T> planarKernel
 
 template <Pass kPASS, typename T, int R, int Width> constexpr Kernel<T> channelsLastKernel()
 {
-    constexpr int kCHANNELS = channelsPerThread(sizeof(T), R, Width);
+    constexpr int kCHANNELS = channelsPerThread(kPASS, sizeof(T), R, Width);
     if constexpr (kPASS == Pass::kFORWARD)
         return forwardChannelsLast<T, 3, R, kCHANNELS, Width>;
     else if constexpr (kPASS == Pass::kGRAD_TAPS)
