@@ -79,6 +79,10 @@ def test_lists(tree: Path, style: str) -> None:
         (b"[]", "empty"),
         (b"\n \n", "empty"),
         (b"\xff\xfe\x00\x01", "UTF-8"),
+        (
+            b'["/home/someone/else/a.png", "b.png"]',
+            "none of its first 2 files exists, such as /home/someone/else/a.png",
+        ),
     ],
 )
 def test_a_file_that_is_no_list(tmp_path: Path, content: bytes, complaint: str) -> None:
@@ -229,6 +233,14 @@ def test_zoom_and_small_pictures(tmp_path: Path) -> None:
     enlarged = TrainingSamples(Pictures([tmp_path / "ramp.png"]), RandomMasks(), crop=200, flip=False)
     row = enlarged.sample_bytes(0)[0][20, :, 0].astype(float)
     assert np.polyfit(np.arange(10, 190), row[10:190], 1)[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_whole_pictures(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.png", 48, 61)
+    square = Image.open(path).crop((6, 0, 54, 48)).resize((32, 32), Image.Resampling.LANCZOS)
+    samples = TrainingSamples(Pictures([path]), RandomMasks(), crop=32, whole=True)
+    seen = {samples.sample_bytes(index)[0].tobytes() for index in range(12)}
+    assert seen == {np.asarray(square).tobytes(), np.asarray(ImageOps.mirror(square)).tobytes()}
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

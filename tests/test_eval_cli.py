@@ -74,6 +74,8 @@ def test_centre_crop_enlarges_small_pictures() -> None:
     expected = Image.fromarray(picture[:, 10:40]).resize((64, 64), Image.Resampling.LANCZOS)
     assert np.array_equal(centre_crop(picture, 64), np.asarray(expected))
     assert np.array_equal(centre_crop(picture, 21), picture[4:25, 14:35])
+    expected = Image.fromarray(picture[:, 10:40]).resize((21, 21), Image.Resampling.LANCZOS)
+    assert np.array_equal(centre_crop(picture, 21, resize=True), np.asarray(expected))
 
 
 def test_mask_files_are_grouped_by_their_area(folder: Path, tmp_path: Path) -> None:
@@ -145,6 +147,15 @@ def test_table(folder: Path) -> None:
     for text in ("0-20% (1)", "20-40% (1)", "40-60% (1)", "navier-stokes", "PSNR dB", "SSIM"):
         assert text in result.stdout
     assert "LPIPS" not in result.stdout
+
+
+def test_resize_reaches_the_crops(folder: Path) -> None:
+    telea = []
+    for flags in ((), ("--resize",)):
+        document = json.loads(run("--peers", "--data", folder, "--size", 32, "--json", *flags).stdout)
+        assert document["settings"]["resize"] == bool(flags)
+        telea.append(document["methods"][0]["all"]["psnr_db"])
+    assert telea[0] != telea[1]
 
 
 def test_bad_pictures_end_in_exit_code_5(folder: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def picture_paths(source: str | os.PathLike[str]) -> list[Path]:
             file (.txt, .json, .flist): a JSON array of paths, as the official MISF lists are, or one path per line.
             Paths in a list are relative to the list's folder.
 
-    Raises MisfError when there is nothing there, or a list is not one.
+    Raises MisfError when there is nothing there, a list is not one, or none of its first 100 files exists.
     """
     path = Path(source)
     if path.is_dir():
@@ -51,7 +51,13 @@ def picture_paths(source: str | os.PathLike[str]) -> list[Path]:
         return [path]
     if path.suffix.lower() not in LIST_SUFFIXES:
         raise MisfError(f"{source}: expected a folder, or a list ending in {' '.join(sorted(LIST_SUFFIXES))}")
-    return [path.parent / line for line in _listed(path)]
+    listed = [path.parent / line for line in _listed(path)]
+    if not any(entry.is_file() for entry in listed[:100]):
+        raise MisfError(
+            f"{source}: none of its first {len(listed[:100])} files exists, such as {listed[0]}; "
+            "paths in a list are absolute or relative to the list's folder"
+        )
+    return listed
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -186,6 +192,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         zoom_out: a crop is taken from a square of up to this many times its side, and shrunk. 1 keeps native pixels.
             Pictures smaller than the crop are enlarged to fit.
         flip: mirror every other crop left to right.
+        whole: no random crops: the middle square of each picture, resized, as the official recipe trains.
     """
 
     def __init__(
@@ -197,6 +204,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
         zoom_out: float = 1.0,
         flip: bool = True,
+        whole: bool = False,
     ) -> None:
         if not len(pictures):
             raise MisfError("no pictures to train with")
@@ -210,6 +218,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         self.seed = seed
         self.zoom_out = zoom_out
         self.flip = flip
+        self.whole = whole
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -252,6 +261,9 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         height, width = picture.shape[:2]
         side = min(round(self.crop * rng.uniform(1.0, self.zoom_out)), height, width)
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        if self.whole:
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
         flipped = bool(rng.random() < 0.5) and self.flip
         square = picture[top : top + side, left : left + side]
         if side != self.crop:

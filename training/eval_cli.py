@@ -38,6 +38,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Grey above it: hole."
 )
 @click.option("--size", type=click.IntRange(min=32), default=256, show_default=True, help="Side of the centre crop.")
+@click.option(
+    "--resize", is_flag=True, help="Shrink the whole middle square to --size, as the official evaluation does."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random masks.")
 @click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
 @click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
@@ -59,6 +62,7 @@ def main(
     invert_mask: bool,
     mask_threshold: int,
     size: int,
+    resize: bool,
     seed: int,
     per_band: int | None,
     backbone: Path | None,
@@ -92,16 +96,16 @@ def main(
     from .evaluate import cases, document, evaluate
 
     taken = len(pictures) if per_band is None else min(per_band, len(pictures))
+    chosen = cases(pictures, size=size, seed=seed, per_band=per_band, masks=mask_files, resize=resize)
     with _progress(3 * taken) as step:
-        for _ in evaluate(
-            methods, cases(pictures, size=size, seed=seed, per_band=per_band, masks=mask_files), distance
-        ):
+        for _ in evaluate(methods, chosen, distance):
             step()
     if not methods[0].rows:
         reason = next(iter(pictures.bad.values()), "no mask has a hole of 0 to 60 % of its area")
         raise MisfError(f"nothing was measured: {reason}")
     settings = {
         "size": size,
+        "resize": resize,
         "seed": seed,
         "per_band": per_band,
         "masks": masks if masks == "random" else Path(masks).name,

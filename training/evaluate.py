@@ -44,9 +44,12 @@ class Case:
         return np.where(self.hole[:, :, None], 0, self.truth).astype(np.uint8)
 
 
-def centre_crop(picture: Picture, size: int) -> Picture:
-    """Return the middle square uint8 size,size,3 at native pixels; of a smaller picture, its middle square enlarged."""
-    side = min(size, *picture.shape[:2])
+def centre_crop(picture: Picture, size: int, resize: bool = False) -> Picture:
+    """Return the middle square uint8 size,size,3 at native pixels; of a smaller picture, its middle square enlarged.
+
+    resize: the largest square in the middle, resized, instead.
+    """
+    side = min(picture.shape[:2]) if resize else min(size, *picture.shape[:2])
     top, left = ((length - side) // 2 for length in picture.shape[:2])
     square = picture[top : top + side, left : left + side]
     if side != size:
@@ -55,7 +58,13 @@ def centre_crop(picture: Picture, size: int) -> Picture:
 
 
 def cases(
-    pictures: Pictures, *, size: int = 256, seed: int = 0, per_band: int | None = None, masks: MaskFolder | None = None
+    pictures: Pictures,
+    *,
+    size: int = 256,
+    seed: int = 0,
+    per_band: int | None = None,
+    masks: MaskFolder | None = None,
+    resize: bool = False,
 ) -> Iterator[Case]:
     """Yield each good picture's centre crop once per band, with a mask of that band.
 
@@ -65,6 +74,7 @@ def cases(
         seed: the masks depend on the seed, the band and the picture's place in the list alone.
         per_band: that many pictures, spread evenly over the list; None takes all.
         masks: take them from here, in their order, grouped by their own area; None generates them.
+        resize: shrink the whole middle square to `size` instead of cutting it out at native pixels.
 
     A band for which `masks` has no mask has no cases.
     """
@@ -76,7 +86,7 @@ def cases(
         picture = pictures.get(index)
         if picture is None:
             continue
-        truth = centre_crop(picture, size)
+        truth = centre_crop(picture, size, resize)
         for number, band in enumerate(BANDS):
             if masks is None:
                 hole = random_mask(np.random.default_rng([seed, number, index]), size, size, band)
