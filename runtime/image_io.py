@@ -48,7 +48,8 @@ FORMATS = {
     ".bmp": "BMP",
     ".gif": "GIF",
 }
-READABLE = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF")
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+NO_ALPHA = ("JPEG", "BMP", "GIF")
 KEEPS_ORIENTATION = ("PNG", "JPEG", "WEBP")
 LOSSLESS_TIFF = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd", "group4")
 # Chunks that Pillow does not carry over by itself and that hold for any colour type.
@@ -150,7 +151,7 @@ def output_format(path: Path) -> str:
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:
-        raise ValueError(f"cannot write {path.name}: expected a name that ends in one of {' '.join(FORMATS)}") from None
+        raise ValueError(f"cannot write {path.name}: expected a name that ends in {' '.join(FORMATS)}") from None
 
 
 def open_picture(path: Path, write_as: str | None = None) -> Picture:
@@ -174,8 +175,8 @@ def open_picture(path: Path, write_as: str | None = None) -> Picture:
         orientation = int(exif.get(ORIENTATION, 1))
         if orientation not in DISPLAYS:
             orientation = 1
-        if image.has_transparency_data and target == "JPEG":
-            raise ValueError(f"{path.name} has transparency, which JPEG cannot hold: use .png, .webp or .tif")
+        if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
+            raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
         canvas: PillowCanvas | ArrayCanvas
         if raw_mode is not None and _keeps_depth(path, target, ("PNG",)):
             canvas = ArrayCanvas(_displayed(png16.decode(data, raw_mode), orientation))

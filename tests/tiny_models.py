@@ -26,11 +26,11 @@ tiny (float[N,3,H,W] image, float[N,1,H,W] mask) => (float[N,3,H,W] output)
   count = ReduceSum <keepdims = 1> (is_known, axes)
   at_least_one = Max (count, one)
   mean = Div (total, at_least_one)
-  prediction = misf.DynamicFilter (mean)
+  prediction = misf.Local (mean)
   output = Where (hole, prediction, image)
 }
 <domain: "misf", opset_import: ["" : 18]>
-DynamicFilter (x) => (y) { y = Identity (x) }
+Local (x) => (y) { y = Identity (x) }
 """
 
 
