@@ -23,6 +23,15 @@ Step = Callable[[int, int], None]  # told how many are done, of how many
 EXISTING = click.Path(exists=True, path_type=Path)
 
 
+def _device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    from .backends import parse_device
+
+    try:
+        return parse_device(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 @command("misf-run")
 @click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("image", type=EXISTING)
@@ -41,6 +50,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
     show_default=True,
     envvar="MISF_DEVICE",
     show_envvar=True,
+    callback=_device,
     help="auto, cpu, cuda or cuda:N. A GPU that is asked for and not there is an error.",
 )
 @click.option(
@@ -157,7 +167,8 @@ def _run(batch: Batch, jobs: list[Job], print_paths: bool) -> tuple[list[dict[st
             except (MisfError, ValueError, OSError, MemoryError) as error:
                 failures.append((job, error))
                 if len(jobs) > 1:
-                    log.error("%s: %s", job.relative, one_line(error))
+                    text = one_line(error)
+                    log.error("%s", text if str(job.image) in text else f"{job.relative}: {text}")
                     log.debug("the failure in full:", exc_info=True)
             else:
                 done.append(record)

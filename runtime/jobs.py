@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .image_io import FORMATS
+from .image_io import FORMATS, output_format
 
 MASK_NAME = re.compile(r"(.+)_mask\d*")  # LaMa's pairs: x.png and x_mask001.png side by side
 
@@ -35,6 +35,7 @@ def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> list[Job]:
             return [Job(image, output / image.name, False, Path(image.name))]
         if not output.parent.is_dir():
             raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+        output_format(output)
         return [Job(image, output, True, Path(image.name))]
     folder = output or image.with_name(f"{image.resolve().name}_inpainted")
     if folder.exists() and not folder.is_dir():
