@@ -107,7 +107,13 @@ def variants(case: tuple[int, ...]) -> Iterator[tuple[Layout, str, int, int]]:
 
 
 def check(
-    walker: ctypes.CDLL, problem: Problem, which: Pass, layout: Layout, place: str, strides: tuple[int, int], naive: bool
+    walker: ctypes.CDLL,
+    problem: Problem,
+    which: Pass,
+    layout: Layout,
+    place: str,
+    strides: tuple[int, int],
+    naive: bool,
 ) -> str:
     """Run one pass in one layout; assert every element; return the name of the kernel that ran."""
     feature_stride, tap_stride = strides
@@ -180,7 +186,7 @@ def test_the_referee_agrees_with_the_reference(walker: tuple[ctypes.CDLL, torch.
 
 @pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name.lower())
 def test_offsets_beyond_32_bits(layout: Layout, folder: Path) -> None:
-    """The last block of 3 x 4 x 16384 x 16384 values: 3.2e9 elements and 7.2e9 taps, in memory that is mostly untouched."""
+    """The last block of 3 x 4 x 16384 x 16384 values: 3.2e9 elements, 7.2e9 taps, in memory that is mostly untouched."""
     dtype, sides, crop = torch.float16, (3, 4, 16384, 16384), (4, 8)
     n, channels, height, width = sides
     taps_channels = 9
@@ -259,3 +265,30 @@ def compare_plans(
     assert (ours.fast, ours.width, *ours.grid) == (bool(report[0]), *report[1:])
     if ours.fast:
         assert bytes(ours.shape) == bytes(theirs)
+
+
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
+EVERYTHING = os.environ.get("MISF_ALL_ARCHITECTURES") == "1"
+
+
+def test_nvcc_compiles_without_spills(tmp_path: Path) -> None:
+    """What the plugin ships, for the oldest, a middle and the newest GPU; with MISF_ALL_ARCHITECTURES=1 all for all."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).is_file():
+        pytest.skip("NOT PROVED: nvcc did not compile the CUDA kernels, because it is not installed")
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {int(arch) for arch in re.findall(r"compute_(\d+)\n", listed)}
+    wanted = [arch for arch in (ARCHITECTURES if EVERYTHING else (75, 90, 120)) if arch in known]
+    assert {75, 90} <= set(wanted)
+    source = Path(__file__).parent / "cuda_host" / "all_kernels.cu" if EVERYTHING else SOURCES / "launch.cu"
+    command = [nvcc, "-std=c++17", "-O3", "-c", "-Xptxas", "-v", "-I", str(SOURCES), "--threads", "2"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in wanted]
+    result = subprocess.run([*command, str(source), "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", result.stderr)
+    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    assert {int(arch) for _name, arch in kernels} == set(wanted)
+    assert len(memory) == len(kernels) == len(set(kernels))
+    assert len(kernels) == len(wanted) * (102 if EVERYTHING else 17)
+    spilling = [kernel for kernel, numbers in zip(kernels, memory, strict=True) if set(numbers) != {"0"}]
+    assert spilling == [], "these kernels keep values in local memory"

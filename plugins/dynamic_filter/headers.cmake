@@ -1,10 +1,11 @@
 # Sets TENSORRT_INCLUDE_DIR to a folder with NvInferRuntime.h, and MISF_TRT_MAJOR, MISF_TRT_MINOR to its version.
 #
-# TensorRT's pip packages have no headers. In this order:
-#   1. TENSORRT_ROOT or TRT_ROOT (-D or environment): an unpacked TensorRT, or a folder of headers; nothing else is looked at
-#   2. the CMake package of TensorRT 11.2 and later
-#   3. the system: /usr/include, as JetPack and the deb packages (libnvinfer-headers-dev) have it
-#   4. with -DMISF_FETCH_TRT_HEADERS=ON and -DMISF_TRT_VERSION=10.3: NVIDIA's repository, at a pinned commit
+# TensorRT's pip packages have no headers. The first of these that is there is taken:
+#   1. -DTENSORRT_ROOT (or TRT_ROOT): an unpacked TensorRT, or a folder of headers
+#   2. -DMISF_FETCH_TRT_HEADERS=ON with -DMISF_TRT_VERSION=10.3: NVIDIA's repository, at a pinned commit
+#   3. TENSORRT_ROOT or TRT_ROOT in the environment
+#   4. the CMake package of TensorRT 11.2 and later
+#   5. the system: /usr/include, as JetPack and the deb packages (libnvinfer-headers-dev) have it
 
 set(MISF_TRT_VERSION "" CACHE STRING "Version of the TensorRT headers to fetch, major.minor")
 option(MISF_FETCH_TRT_HEADERS "Fetch TensorRT's headers from NVIDIA's repository" OFF)
@@ -53,7 +54,10 @@ function(misf_fetch_headers target)
   set(${target} "${folder}/include" PARENT_SCOPE)
 endfunction()
 
-set(roots "${TENSORRT_ROOT}" "${TRT_ROOT}" "$ENV{TENSORRT_ROOT}" "$ENV{TRT_ROOT}")
+set(roots "${TENSORRT_ROOT}" "${TRT_ROOT}")
+if(NOT MISF_FETCH_TRT_HEADERS)
+  list(APPEND roots "$ENV{TENSORRT_ROOT}" "$ENV{TRT_ROOT}")
+endif()
 list(REMOVE_ITEM roots "")
 if(roots)
   list(GET roots 0 root)
@@ -66,7 +70,10 @@ elseif(MISF_FETCH_TRT_HEADERS)
   misf_fetch_headers(TENSORRT_INCLUDE_DIR)
 else()
   find_package(TensorRT-Enterprise CONFIG QUIET)
-  get_target_property(from_package TensorRT::nvinfer INTERFACE_INCLUDE_DIRECTORIES)
+  set(from_package "")
+  if(TARGET TensorRT::nvinfer)
+    get_target_property(from_package TensorRT::nvinfer INTERFACE_INCLUDE_DIRECTORIES)
+  endif()
   find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${from_package} ${TensorRT_INCLUDE_DIRS})
   if(NOT TENSORRT_INCLUDE_DIR)
     message(FATAL_ERROR "TensorRT's headers were not found. One of: set TENSORRT_ROOT to an unpacked TensorRT; install "

@@ -59,7 +59,7 @@ class Fenced:
     """A tensor in memory of its own between two pages that nothing may touch: an access beyond them is a crash.
 
     The rest of the memory holds NaN, and `assert_intact` tells whether a byte of it was written. `place` is 'end'
-    (flush with the page behind: catches reads past the end), 'start', or 'shifted': not aligned to more than an element.
+    (flush with the page behind: catches reads past the end), 'start', or 'shifted': aligned to an element only.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, place: str = "end") -> None:
@@ -71,12 +71,16 @@ class Fenced:
         for fence in (base, base + PAGE + body):
             if _LIBC.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(PAGE), 0) != 0:
                 raise OSError(ctypes.get_errno(), "mprotect")
-        start = {"end": body - size, "start": 0, "shifted": body - size - (body - size) % 16 - 16 + dtype.itemsize}[place]
+        start = {"end": body - size, "start": 0, "shifted": body - size - (body - size) % 16 - 16 + dtype.itemsize}[
+            place
+        ]
         self.data = torch.frombuffer(self._memory, dtype=dtype, count=elements, offset=PAGE + start)
         self._before = torch.frombuffer(self._memory, dtype=torch.uint8, count=start, offset=PAGE) if start else None
         end = start + size
         self._after = (
-            torch.frombuffer(self._memory, dtype=torch.uint8, count=body - end, offset=PAGE + end) if body > end else None
+            torch.frombuffer(self._memory, dtype=torch.uint8, count=body - end, offset=PAGE + end)
+            if body > end
+            else None
         )
 
     def poison(self) -> Fenced:
