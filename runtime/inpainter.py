@@ -19,11 +19,13 @@ from .backends import Backend, open_backend
 from .canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
 from .crops import Crop, Mask, Size, chosen_strategy, plan_crops
 from .masks import check_mask, mask_from_array, mask_from_image
+from .memory import available_bytes, least_bytes
 
 log = logging.getLogger(__name__)
 
 Picture_ = TypeVar("Picture_", NDArray[Any], Image.Image)
 MANY_CROPS = 32
+SMALLER = "use --strategy crop, or a smaller --working-size"
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Inpainter:
         if below or right:
             rgb = np.pad(rgb, ((0, below), (0, right), (0, 0)), "symmetric")
             hole = np.pad(hole, ((0, below), (0, right)), "symmetric")
+        self._check_memory(hole.shape)
         image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])
         mask = hole[None, None].astype(np.float32)
         try:
@@ -130,12 +133,17 @@ class Inpainter:
             )
         return np.asarray(output[0].transpose(1, 2, 0)[:height, :width], np.float32)
 
+    def _check_memory(self, size: Size) -> None:
+        needed, free = least_bytes(self.backend.config, self.backend.precision, size), available_bytes()
+        if self.backend.device == "cpu" and free is not None and needed > free:
+            raise MisfError(
+                f"{size[1]}x{size[0]} pixels at once need at least {needed / 1e9:.0f} GB of memory and "
+                f"{free / 1e9:.0f} GB are free: {SMALLER}"
+            )
+
     def _failure(self, error: Exception, size: Size) -> MisfError:
         if is_out_of_memory(error):
-            return MisfError(
-                f"out of memory while filling {size[1]}x{size[0]} pixels at once on {self.backend.device}: "
-                "use --strategy crop, or a smaller --working-size"
-            )
+            return MisfError(f"out of memory at {size[1]}x{size[0]} pixels on {self.backend.device}: {SMALLER}")
         return MisfError(f"{self.backend.name} failed at {size[1]}x{size[0]}: {one_line(error)}")
 
 

@@ -31,7 +31,9 @@ def mask_from_image(
         grey = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
     else:
         grey = _grey(image)
-    between = sum(grey.histogram()[1:255])
+    counts = grey.histogram()
+    brightest = max(value for value, count in enumerate(counts) if count)
+    between = sum(counts[1:255])
     if between:
         log.info(
             "the mask has grey levels (%.2f %% of its pixels): those over %d count as hole",
@@ -39,8 +41,7 @@ def mask_from_image(
             threshold,
         )
     mask = np.asarray(grey) > threshold
-    brightest = grey.getextrema()[1]
-    if not invert and not from_alpha and 0 < brightest <= threshold:  # type: ignore[operator]
+    if not invert and not from_alpha and 0 < brightest <= threshold:
         log.warning("the mask's brightest value is %s: use --mask-threshold 0 if every value but 0 is hole", brightest)
     return ~mask if invert else mask
 

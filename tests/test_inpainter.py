@@ -14,7 +14,7 @@ from PIL import Image
 from skimage import data
 
 from misf.plugins.errors import EnvironmentMismatch, MisfError
-from misf.runtime import Inpainter, backends
+from misf.runtime import Inpainter, backends, inpainter, memory
 from misf.runtime.backends import onnx_runtime, open_backend
 from misf.runtime.canvas import ArrayCanvas, PillowCanvas, Pixels
 from misf.runtime.crops import Box, Size
@@ -192,8 +192,34 @@ class FakeBackend:
 )
 def test_out_of_memory_is_one_line_of_advice(inpaint: Inpainter, error: Exception, monkeypatch: Any) -> None:
     monkeypatch.setattr(inpaint, "backend", FakeBackend(error))
-    with pytest.raises(MisfError, match=r"^out of memory while filling 30x20 pixels at once on cpu: use --strategy"):
+    with pytest.raises(MisfError, match=r"^out of memory at 30x20 pixels on cpu: use --strategy crop"):
         inpaint(np.zeros((20, 30, 3), np.uint8), _mask((20, 30), (1, 1, 2, 2)))
+
+
+def test_what_cannot_fit_is_refused_before_the_system_kills_us(inpaint: Inpainter, monkeypatch: Any) -> None:
+    backend = FakeBackend(lambda image, _mask: image)
+    backend.config = {"width": 64, "prediction_width": 32}
+    monkeypatch.setattr(inpaint, "backend", backend)
+    image, mask = np.zeros((20, 30, 3), np.uint8), _mask((20, 30), (1, 1, 2, 2))
+    needed = 20 * 30 * 64 * 6 * 4
+    monkeypatch.setattr(inpainter, "available_bytes", lambda: needed)
+    inpaint(image, mask)
+    monkeypatch.setattr(inpainter, "available_bytes", lambda: needed - 1)
+    with pytest.raises(MisfError, match=r"^30x20 pixels at once need at least 0 GB of memory and 0 GB are free: use"):
+        inpaint(image, mask)
+    backend.device = "cuda:0"
+    inpaint(image, mask)
+
+
+def test_memory_is_what_linux_says_within_the_limit_of_the_container(tmp_path: Path, monkeypatch: Any) -> None:
+    free = memory.available_bytes()
+    assert free is None or 1e8 < free < 1e14
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "LIMITS", (str(limit), str(tmp_path / "nowhere")))
+    for text, expected in (("123456789\n", 123456789), ("max\n", None)):
+        limit.write_text(text)
+        found = memory.available_bytes()
+        assert found == expected or (expected is None and found != 123456789)
 
 
 def test_a_backend_that_fails_or_answers_nonsense_is_told(inpaint: Inpainter, monkeypatch: Any, tmp_path: Path) -> None:

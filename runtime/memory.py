@@ -1,0 +1,34 @@
+"""Whether a run can fit into memory at all: the system would kill the process rather than tell it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .crops import Size
+
+# Full-resolution channels alive at once, in units of the network's width. Measured on the full-size network at
+# 1024x1024: 12 with ONNX Runtime, 6 with OpenVINO. A lower bound, so that nothing is refused that would have run.
+LEAST_WIDTHS = 6
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def least_bytes(config: Mapping[str, Any], precision: str, size: Size) -> int:
+    """Return how many bytes a run on H,W pixels needs at the very least; 0 if the config does not tell the width."""
+    width = max((config.get(name, 0) for name in ("width", "prediction_width")), default=0)
+    return size[0] * size[1] * width * LEAST_WIDTHS * (4 if precision == "fp32" else 2)
+
+
+def available_bytes() -> int | None:
+    """Return how much memory is free for us on Linux, within the container's limit; None elsewhere."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            found.append(int(Path(path).read_text()))
+    return min(found, default=None)
