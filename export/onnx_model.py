@@ -20,7 +20,7 @@ from onnx import ModelProto, NodeProto, helper, parser
 from torch import Tensor, nn
 
 from ..plugins.dynamic_filter import onnx_op
-from ..training.config import MULTIPLE, NetworkConfig
+from ..training.config import NetworkConfig
 from ..training.network import InpaintingNetwork
 
 IR_VERSION = 10
@@ -43,7 +43,8 @@ class _Core(nn.Module):
 def core_model(network: InpaintingNetwork) -> ModelProto:
     """Return the float32 graph of `network.predict`: network_input N,4,H,W -> prediction N,3,H,W.
 
-    N is dynamic, H and W dynamic multiples of 4. Layers carry the names of their parameters in the checkpoint.
+    N is dynamic, H and W dynamic multiples of `config.multiple`. Layers carry the names of their parameters in the
+    checkpoint.
     """
     onnx_op.register_schema()
     import onnxscript
@@ -53,10 +54,11 @@ def core_model(network: InpaintingNetwork) -> ModelProto:
     def dynamic_filter(features: Any, taps: Any, kernel_size: int, share: int) -> Any:
         return opset.DynamicFilter(features, taps, kernel_size=kernel_size, share=share)
 
-    side = network.config.minimum_side // MULTIPLE
-    dims = {name: torch.export.Dim(name, min=max(side, 2), max=1 << 14) for name in ("h4", "w4")}
+    multiple = network.config.multiple
+    side = network.config.minimum_side // multiple
+    dims = {name: torch.export.Dim(name, min=max(side, 2), max=1 << 14) for name in ("rows", "columns")}
     batch = torch.export.Dim("batch", min=1, max=1 << 12)
-    example = torch.zeros(2, 4, MULTIPLE * (side + 2), MULTIPLE * (side + 3))
+    example = torch.zeros(2, 4, multiple * (side + 2), multiple * (side + 3))
     with _quiet():
         program = torch.onnx.export(
             _Core(network).eval(),
@@ -65,7 +67,7 @@ def core_model(network: InpaintingNetwork) -> ModelProto:
             opset_version=onnx_op.OPSET,
             input_names=[INPUT],
             output_names=[OUTPUT],
-            dynamic_shapes={INPUT: {0: batch, 2: dims["h4"] * MULTIPLE, 3: dims["w4"] * MULTIPLE}},
+            dynamic_shapes={INPUT: {0: batch, 2: dims["rows"] * multiple, 3: dims["columns"] * multiple}},
             custom_translation_table={torch.ops.misf.dynamic_filter.default: dynamic_filter},
             verbose=False,
         )
@@ -164,7 +166,7 @@ def _prepare_text(config: NetworkConfig) -> str:
             f"{side}_index = Min ({side}_forward, {side}_backward)",
             f"{INPUT if step else 'input_1'} = Gather <axis = {axis}> (input_{step}, {side}_index)",
         ]
-    constants = {"one": 1, "two": 2, "multiple": MULTIPLE, "multiple_less_one": MULTIPLE - 1}
+    constants = {"one": 1, "two": 2, "multiple": config.multiple, "multiple_less_one": config.multiple - 1}
     constants["minimum_side"] = config.minimum_side
     declared = [f"{name} = Constant <value_ints = [{value}]> ()" for name, value in constants.items()]
     declared += [f"{name} = Constant <value = int64 {{{value}}}> ()" for name, value in (("zero", 0), ("step", 1))]

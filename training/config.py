@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 MULTIPLE = 4
-"""Height and width inside the network are multiples of this: two strided convolutions."""
+"""Two strided convolutions: height and width where the layers work are multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,22 @@ class NetworkConfig:
     not on the statistics of the whole picture, and small crops train what large pictures need."""
     fill_first: bool = False
     """Whether holes first get a smooth estimate from their surroundings, to which the network adds what it is missing.
-    Starts training near the classical methods: for networks that cannot be trained for days."""
+    Starts training at the level of the classical methods: for networks that cannot be trained for days."""
+    scale: int = 1
+    """The layers work at 1/scale of the resolution, where a picture costs scale^2 less, and correct the smooth fill."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
         integers = [self.width, self.prediction_width, self.prediction_convs, self.share, *self.residual_dilations]
-        integers += [self.kernel_size, self.feature_filter_level]
+        integers += [self.kernel_size, self.scale, self.feature_filter_level]
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in integers):
             raise ValueError(f"NetworkConfig takes whole numbers, got {self}")
         if min(integers[:-1]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
             raise ValueError(f"NetworkConfig sizes must be within 1..1024 (64 residual blocks), got {self}")
         if self.kernel_size % 2 == 0 or self.kernel_size > 15:
             raise ValueError(f"kernel_size must be odd and at most 15, got {self.kernel_size}")
+        if self.scale not in (1, 2, 4) or (self.scale > 1 and not self.fill_first):
+            raise ValueError(f"scale must be 1, or with fill_first 2 or 4, got {self.scale}")
         if self.feature_filter_level not in (0, 1, 2, 3):
             raise ValueError(f"feature_filter_level must be 0, 1, 2 or 3, got {self.feature_filter_level}")
         if self.feature_filter_level and self.filtered_channels * self.kernel_size**2 % self.share:
@@ -73,13 +77,18 @@ class NetworkConfig:
         return 4 if self.image_filter else self.feature_filter_level
 
     @property
+    def multiple(self) -> int:
+        """Height and width inside the network are multiples of this."""
+        return MULTIPLE * self.scale
+
+    @property
     def minimum_side(self) -> int:
         """Smallest height and width inside the network: reflection needs more pixels than it pads."""
-        return max(MULTIPLE, MULTIPLE * (max(self.residual_dilations, default=1) + 1))
+        return self.multiple * (max(self.residual_dilations, default=1) + 1)
 
     def padded_side(self, side: int) -> int:
         """Return the height or width that the network works at for a picture of `side` pixels."""
-        return max(self.minimum_side, -(-side // MULTIPLE) * MULTIPLE)
+        return max(self.minimum_side, -(-side // self.multiple) * self.multiple)
 
     def to_json(self) -> str:
         """Return the config as one JSON object with sorted keys."""
@@ -117,6 +126,7 @@ PRESETS: dict[str, NetworkConfig] = {
         residual_dilations=(2, 4, 8, 4),
         normalize=False,
         fill_first=True,
+        scale=2,
     ),
     "misf-tiny": NetworkConfig(width=8, prediction_width=8, prediction_convs=1, residual_dilations=(2, 2)),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..plugins.dynamic_filter.op import dynamic_filter
-from .config import MULTIPLE, NetworkConfig
+from .config import NetworkConfig
 
 
 class ResidualBlock(nn.Module):
@@ -67,14 +67,16 @@ class PredictionBranch(nn.Module):
     def image_filter_taps(self, full: Tensor, half: Tensor, quarter: Tensor) -> Tensor:
         """Return the image filter's taps N,3*K*K,H,W from what the branch saw at the three resolutions."""
         x = self.up3(torch.cat([quarter, self.down[3](quarter)], dim=1))
-        x = self.up2(torch.cat([half, _double(x)], dim=1))
-        x = self.up1(torch.cat([full, _double(x)], dim=1))
+        x = self.up2(torch.cat([half, _enlarge(x, 2)], dim=1))
+        x = self.up1(torch.cat([full, _enlarge(x, 2)], dim=1))
         taps: Tensor = self.image_taps(x)
         return taps
 
 
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+def _enlarge(x: Tensor, factor: int) -> Tensor:
+    if factor == 1:
+        return x
+    return F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
 
 
 class InpaintingNetwork(nn.Module):
@@ -118,11 +120,22 @@ class InpaintingNetwork(nn.Module):
     def predict(self, x: Tensor) -> Tensor:
         """Return the predicted picture N,3,H,W in [0,1] for the network input N,4,H,W (see `network_input`).
 
-        H and W must be multiples of 4 and at least `config.minimum_side`.
+        H and W must be multiples of `config.multiple` and at least `config.minimum_side`.
         """
+        scale = self.config.scale
+        if not self.config.fill_first:
+            return (torch.tanh(self.filtered(x)) + 1) / 2
+        filled = smooth_fill(x)
+        x = torch.cat([filled, x[:, 3:]], dim=1)
+        if scale > 1:
+            x = F.avg_pool2d(x, scale)
+        # What the layers change in the filled picture; zero at the start of training.
+        change = self.filtered(x, x[:, :3]) - x[:, :3]
+        return (filled + _enlarge(change, scale)).clamp(0, 1)
+
+    def filtered(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+        """Return what both branches make of N,4,h,w: the picture N,3,h,w, from decoder and `base`, after its filter."""
         config = self.config
-        if config.fill_first:
-            x = torch.cat([smooth_fill(x), x[:, 3:]], dim=1)
         features, seen = F.relu(self.norm(self.stem(_reflect_border(x)))), [x]
         for level in (1, 2, 3):
             if level > 1:
@@ -138,11 +151,11 @@ class InpaintingNetwork(nn.Module):
         for up in self.up:
             features = F.relu(self.norm(up(features)))
         picture: Tensor = self.head(_reflect_border(features))
-        if config.fill_first:
-            picture = picture + x[:, :3]
+        if base is not None:
+            picture = picture + base
         if self.prediction is not None and config.image_filter:
             picture = dynamic_filter(picture, self.prediction.image_filter_taps(*seen[1:]), config.kernel_size)
-        return picture.clamp(0, 1) if config.fill_first else (torch.tanh(picture) + 1) / 2
+        return picture
 
 
 def _reflect_border(x: Tensor) -> Tensor:
@@ -158,19 +171,23 @@ def network_input(image: Tensor, mask: Tensor) -> Tensor:
 def smooth_fill(x: Tensor) -> Tensor:
     """Return the picture N,3,H,W of a network input N,4,H,W with its holes filled by wide to narrow local averages.
 
-    Normalised convolution at a quarter of the resolution: every scale averages the known pixels within its reach and
-    keeps the wider scale's estimate where it sees few of them. Stride-1 pools only, so any size goes.
+    Normalised convolution: every scale averages the known pixels within its reach, and keeps the wider scale's
+    estimate where it sees few of them. Wide scales work on a smaller picture. H and W must be multiples of 4.
     """
-    known = F.avg_pool2d(torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1), MULTIPLE)
+    known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)
     mean = known.mean(dim=(2, 3), keepdim=True)
     estimate = (mean[:, :3] + 0.5 * _LITTLE) / (mean[:, 3:] + _LITTLE)
-    for size in _FILL_SIZES:
-        nearby = _box(_box(known, size), size)  # two boxes make a tent: no visible edges
-        estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
-    return x[:, :3] + x[:, 3:] * F.interpolate(estimate, scale_factor=4.0, mode="bilinear", align_corners=False)
+    for shrunk, sizes in _FILL_SIZES:
+        smaller = F.avg_pool2d(known, shrunk) if shrunk > 1 else known
+        for size in sizes:
+            nearby = _box(_box(smaller, size), size)  # two boxes make a tent: no visible edges
+            estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
+        if shrunk > 1:
+            estimate = _enlarge(estimate, 2)
+    return x[:, :3] + x[:, 3:] * estimate
 
 
-_FILL_SIZES = (65, 33, 17, 9, 5, 3)
+_FILL_SIZES = ((4, (65, 33, 17, 9, 5, 3)), (2, (3,)), (1, (3,)))
 _PRIOR = 0.02  # the wider estimate counts like this share of known pixels; 0.003 to 0.1 differ by 0.1 dB
 _LITTLE = 1e-3  # a picture without any known pixel becomes grey
 
@@ -209,7 +226,10 @@ def initialize(network: InpaintingNetwork) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     config = network.config
-    nn.init.xavier_normal_(network.head.weight, gain=0.1 if config.fill_first else 1.0)
+    if config.fill_first:
+        nn.init.zeros_(network.head.weight)  # noise here would teach the layers below to be silent
+    else:
+        nn.init.xavier_normal_(network.head.weight)
     if not config.normalize:
         for block in network.middle:
             nn.init.kaiming_normal_(block.conv2.weight, a=2.0)  # type: ignore[union-attr, arg-type]
