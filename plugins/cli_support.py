@@ -66,7 +66,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        click.echo(prefix + self.format(record), err=True)
+        print(prefix + self.format(record), file=sys.stderr, flush=True)  # click.echo would write past a progress bar
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:

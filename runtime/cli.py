@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,7 +174,7 @@ def _run(batch: Batch, jobs: list[Job], print_paths: bool) -> tuple[list[dict[st
             else:
                 done.append(record)
                 if print_paths:
-                    click.echo(record["output"])
+                    print(record["output"], flush=True)
                 log.info(
                     "%s: %dx%d, %s, %d crops, %.2f s",
                     job.relative,
@@ -198,6 +199,8 @@ def _progress(what: str) -> Iterator[Step]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Rich prints above its bar, and on stderr: right for a terminal, wrong for results that go into a pipe.
+    console, redirect = Console(stderr=True), sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

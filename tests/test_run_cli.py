@@ -421,6 +421,38 @@ def test_an_onnx_file_runs_without_torch_or_onnx(model: Path, tmp_path: Path) ->
     assert "torch" not in with_openvino.stdout.splitlines()[-1]
 
 
+def test_a_bar_on_a_terminal_and_clean_results_in_a_pipe(model: Path, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    for name in ("x.png", "y.png"):
+        _picture(tmp_path / "in" / name)
+    terminal, stderr = pty.openpty()
+    code = "from misf.runtime.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        model,
+        tmp_path / "in",
+        _mask(tmp_path / "mask.png"),
+        "--backend=onnxruntime",
+    ]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        os.close(stderr)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(terminal, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+        assert process.stdout is not None
+        assert process.stdout.read() == "".join(f"{tmp_path / 'in_inpainted' / name}\n" for name in ("x.png", "y.png"))
+    os.close(terminal)
+    assert process.returncode == 0
+    assert b"pictures" in shown
+    assert b"2/2" in shown
+    assert b"y.png: 80x60, original, 1 crops" in shown
+
+
 def test_help_is_light(tmp_path: Path) -> None:
     code = (
         "import sys; from misf.runtime.cli import main\n"
