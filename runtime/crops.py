@@ -1,8 +1,8 @@
 """Which parts of a picture the network sees: pure geometry on the mask, no picture needed.
 
 A picture of about the working size runs whole. In a larger one every hole gets a crop with context around it: small
-holes share a crop, a long thin hole (a wire, a scratch) is walked in pieces at native resolution, and a wide hole is
-seen reduced. So the cost follows the holes, not the picture.
+holes share a crop, a long thin hole (a wire, a scratch) is walked in pieces at native resolution, and a wide hole, or
+the wide part of one, is seen reduced. So the cost follows the holes, not the picture.
 """
 
 from __future__ import annotations
@@ -123,34 +123,56 @@ def _blocks(mask: Mask) -> tuple[Mask, Mask]:
 
 
 def _pieces(mask: Mask, working_size: int, margin: int | None) -> list[_Piece]:
-    """Return the connected holes, each whole or cut into the pieces of a long thin one."""
-    from scipy import ndimage
-
+    """Return the connected holes: whole where a crop of about the working size or a wide hole needs it, else walked."""
     occupied, solid = _blocks(mask)
-    labels, _ = ndimage.label(occupied, structure=np.ones((3, 3), np.int8))
     pieces: list[_Piece] = []
-    for number, place in enumerate(ndimage.find_objects(labels), start=1):
-        blocks = labels[place] == number
-        core = _block_box(place[0].start, place[1].start, blocks.shape)
-        around = max(LEAST_MARGIN, max(core.size) // 4) if margin is None else margin
-        seen = (core.size[0] + 2 * around) * (core.size[1] + 2 * around)
-        if seen > ABOUT * working_size**2 and _is_thin(blocks & solid[place], working_size):
-            pieces += _cut(blocks, core, working_size, margin)
-        else:
-            pieces.append(_Piece(core, around, blocks))
+    for top, left, blocks in _connected(occupied):
+        piece = _whole(top, left, blocks, margin)
+        height, width = piece.core.size
+        if (height + 2 * piece.margin) * (width + 2 * piece.margin) <= ABOUT * working_size**2:
+            pieces.append(piece)
+            continue
+        inside = solid[top : top + blocks.shape[0], left : left + blocks.shape[1]]
+        wide = _wide_part(blocks, blocks & inside, working_size)
+        pieces += [_whole(top + y, left + x, part, margin) for y, x, part in _connected(wide)]
+        pieces += _walk(top, left, blocks & ~wide, working_size, margin)
     return pieces
 
 
-def _is_thin(solid: Mask, working_size: int) -> bool:
-    """Return whether the thickest place of a hole is thin. Scattered pixels, which fill no block, are thin too."""
+def _connected(blocks: Mask) -> list[tuple[int, int, Mask]]:
+    """Return the connected parts of a grid of blocks: top, left, and the part within its bounds."""
     from scipy import ndimage
 
-    radius = ndimage.distance_transform_edt(np.pad(solid, 1)).max() * BLOCK
-    return bool(2 * radius <= THIN * working_size)
+    labels, _ = ndimage.label(blocks, structure=np.ones((3, 3), np.int8))
+    places = enumerate(ndimage.find_objects(labels), start=1)
+    return [(rows.start, columns.start, labels[rows, columns] == number) for number, (rows, columns) in places]
 
 
-def _cut(blocks: Mask, core: Box, working_size: int, margin: int | None) -> list[_Piece]:
-    """Return the pieces of a long hole, on a grid that leaves each its margin within the working size."""
+def _whole(top: int, left: int, blocks: Mask, margin: int | None) -> _Piece:
+    core = _block_box(top, left, blocks.shape)
+    return _Piece(core, max(LEAST_MARGIN, max(core.size) // 4) if margin is None else margin, blocks)
+
+
+def _wide_part(blocks: Mask, solid: Mask, working_size: int) -> Mask:
+    """Return the part of a hole that is too thick to be walked, with the stubs on it.
+
+    solid: the blocks that hold nothing but hole, so scattered pixels are never thick, however many they are.
+    """
+    from scipy import ndimage
+
+    radius = THIN * working_size / 2 / BLOCK
+    thick: Mask = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1] > radius
+    if not thick.any():
+        return thick
+    wide: Mask = blocks & (ndimage.distance_transform_edt(~thick) <= 2 * radius)
+    for top, left, part in _connected(blocks & ~wide):
+        if max(part.shape) * BLOCK <= working_size // 2:
+            wide[top : top + part.shape[0], left : left + part.shape[1]] |= part
+    return wide
+
+
+def _walk(first_row: int, first_column: int, blocks: Mask, working_size: int, margin: int | None) -> list[_Piece]:
+    """Return the pieces of a long thin hole, on a grid that leaves each its margin within the working size."""
     around = 3 * working_size // 16 if margin is None else min(margin, working_size // 4)
     step = (working_size - 2 * around) // BLOCK
     pieces = []
@@ -158,8 +180,7 @@ def _cut(blocks: Mask, core: Box, working_size: int, margin: int | None) -> list
         for left in range(0, blocks.shape[1], step):
             cell = blocks[top : top + step, left : left + step]
             if cell.any():
-                place = _block_box(core.top // BLOCK + top, core.left // BLOCK + left, cell.shape)
-                pieces.append(_Piece(place, around, cell))
+                pieces.append(_Piece(_block_box(first_row + top, first_column + left, cell.shape), around, cell))
     return pieces
 
 

@@ -45,6 +45,7 @@ def _checked(mask: np.ndarray, **settings: object) -> list[Crop]:
         pytest.param(RNG.random((1500, 2000)) < 0.1, id="dense noise"),
         pytest.param(np.abs(Y - X) < 5, id="diagonal wire"),
         pytest.param((Y - 700) ** 2 + (X - 900) ** 2 < 600**2, id="large disc"),
+        pytest.param(((Y - 700) ** 2 + (X - 900) ** 2 < 400**2) | (np.abs(Y - X) < 5), id="disc on a wire"),
         pytest.param(((Y - 700) ** 2 + (X - 900) ** 2 < 40**2) | (np.hypot(Y - 700, X - 900) // 9 == 30), id="ring"),
         pytest.param(_with((0, 0, 1, 1), (1499, 1999, 1, 1), (0, 1999, 1, 1), (1499, 0, 1, 1)), id="corners"),
         pytest.param(np.ones((3, 9000), np.bool_), id="3 rows"),
@@ -85,6 +86,14 @@ def test_a_long_thin_hole_is_walked_at_native_resolution() -> None:
     crops = _checked(_with((700, 0, 12, 2000)))
     assert len(crops) == 7
     assert {crop.size for crop in crops} == {(512, 512)}
+
+
+def test_a_wire_on_a_blob_is_walked_though_the_blob_is_seen_reduced() -> None:
+    crops = _checked(((Y - 1100) ** 2 + (X - 1400) ** 2 < 300**2) | (np.abs(Y - X) < 5))
+    reduced = [crop for crop in crops if crop.size != crop.box.size]
+    assert len(reduced) == 1
+    assert reduced[0].core.size[0] < 800  # the blob and what is near it, not the picture's diagonal
+    assert len(crops) >= 4
 
 
 def test_five_hundred_holes_do_not_make_five_hundred_crops() -> None:
