@@ -28,20 +28,22 @@ from .errors import MisfError
 FAILURE = 1
 BATCH_FAILURES = 5
 INTERRUPTED = 130
+LONGEST_LINE = 800
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 log = logging.getLogger("misf")
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message as one line: 'FILE: reason' for an OSError, never empty."""
+    """Return an exception's message as one line: 'FILE: reason' for an OSError, never empty, cut where it rambles."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, MemoryError):
         text = str(error) or "out of memory"
     else:
         text = str(error) or type(error).__name__
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ..."
 
 
 def misf_version() -> str:

@@ -12,7 +12,7 @@ OP_TYPE = "DynamicFilter"
 DOMAIN = "misf"
 DOMAIN_VERSION = 1
 OPSET = 20
-"""Standard opset of the body and of our models. The body needs 18 (Split-less, CastLike, Pad with axes)."""
+"""Standard opset of the body and of our models. The body needs 18 (Pad with axes)."""
 
 # Read by TensorRT's ONNX parser: from 10.15 on a node with this attribute becomes the plugin of that namespace
 # where one is registered, and the local function where none is.
@@ -47,9 +47,10 @@ def function_body(kernel_size: int) -> FunctionProto:
     """Return the op as an ONNX function for one kernel size, any `share`, channels, height and width.
 
     ONNX functions cannot loop over an attribute without an (slow) `Loop`, so the kernel_size**2 products are written
-    out; `attach_function` refuses models whose nodes disagree with it. Products are summed in float32.
+    out; `attach_function` refuses models whose nodes disagree with it. Products are summed in float32. Constants are
+    tensors, since ONNX Runtime up to 1.23 forgets the shape of a `value_ints` inside a function.
     """
-    area = kernel_size**2
+    area, half = kernel_size**2, kernel_size // 2
     lines = [
         "source = Cast <to = 1> (features)",
         "weights = Cast <to = 1> (taps)",
@@ -57,14 +58,14 @@ def function_body(kernel_size: int) -> FunctionProto:
         "one = Constant <value = int64 {1}> ()",
         f"area = Constant <value = int64 {{{area}}}> ()",
         "share = Constant <value_int: int = @share> ()",
-        "channel_axis = Constant <value_ints = [0]> ()",
+        "channel_axis = Constant <value = int64[1] {0}> ()",
         "channels = Shape <start = 1, end = 2> (features)",
         "channel_count = Squeeze (channels, channel_axis)",
         "channel = Range (zero, channel_count, one)",
         "first_tap = Mul (channel, area)",
-        "axes = Constant <value_ints = [2, 3]> ()",
+        "axes = Constant <value = int64[2] {2, 3}> ()",
         "size = Shape <start = 2, end = 4> (features)",
-        f"border = Constant <value_ints = [{', '.join([str(kernel_size // 2)] * 4)}]> ()",
+        f"border = Constant <value = int64[4] {{{half}, {half}, {half}, {half}}}> ()",
         "nothing = Constant <value = float {0.0}> ()",
         "padded = Pad (source, border, nothing, axes)",
     ]
@@ -75,7 +76,7 @@ def function_body(kernel_size: int) -> FunctionProto:
             f"number{tap} = Add (first_tap, tap{tap})",
             f"index{tap} = Div (number{tap}, share)",
             f"weight{tap} = Gather <axis = 1> (weights, index{tap})",
-            f"start{tap} = Constant <value_ints = [{i}, {j}]> ()",
+            f"start{tap} = Constant <value = int64[2] {{{i}, {j}}}> ()",
             f"stop{tap} = Add (size, start{tap})",
             f"window{tap} = Slice (padded, start{tap}, stop{tap}, axes)",
             f"product{tap} = Mul (window{tap}, weight{tap})",
