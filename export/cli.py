@@ -1,18 +1,22 @@
-"""misf-export: a checkpoint becomes an ONNX file."""
+"""misf-export: a checkpoint becomes an ONNX file, or an engine."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..plugins.cli_support import command, print_json
 from ..plugins.errors import EnvironmentMismatch, MisfError
+from .build_cli import ENGINES, finish
+from .engine_options import engine_options, given, parse_engine_options
 
 if TYPE_CHECKING:
+    from .engine import EngineOptions, EngineReport
     from .exporter import ExportReport
 
 log = logging.getLogger(__name__)
@@ -29,7 +33,10 @@ log = logging.getLogger(__name__)
 )
 @click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The .onnx file.  [default: beside the checkpoint]"
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The .onnx file, or the .plan of an engine.  [default: .onnx beside the checkpoint]",
 )
 @click.option(
     "--calibration",
@@ -44,9 +51,12 @@ log = logging.getLogger(__name__)
     show_default=True,
     help="Layers with larger values on the calibration pictures stay float32.",
 )
+@engine_options
 @click.option("--force", is_flag=True, help="Replace an existing file that -o did not name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.pass_context
 def main(
+    ctx: click.Context,
     checkpoint: Path,
     official: bool,
     precision: str | None,
@@ -56,15 +66,19 @@ def main(
     range_limit: float,
     force: bool,
     as_json: bool,
+    **engine: Any,
 ) -> None:
-    """Turn a checkpoint into one ONNX file for any batch, height and width.
+    """Turn a checkpoint into one ONNX file for any batch, height and width; with -o X.plan on into an engine.
 
     The file is compared with PyTorch on photographs at several sizes before it is put in place. When it differs too
     much (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
 
+    The options from --backend to --device are for engines, which misf-build makes of an ONNX file too.
+
     \b
     Example:
         misf-export --checkpoint best.pt --fp16
+        misf-export --checkpoint best.pt --fp16 -o best.plan
     """
     if fp16 and precision == "fp32":
         raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
@@ -73,8 +87,15 @@ def main(
         output = checkpoint.parent / (checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
         if output.exists() and not force:
             raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
+    elif output.suffix.lower() in ENGINES:
+        options = parse_engine_options(engine, precision)
+        finish(_export_engine(checkpoint, official, output, precision, calibration, range_limit, options), as_json)
+        return
     elif output.suffix.lower() != ".onnx":
-        raise click.BadParameter(f"expected a name that ends in .onnx, got {output.name}", param_hint="--output")
+        known = ", ".join((".onnx", *ENGINES))
+        raise click.BadParameter(f"expected a name that ends in {known}, got {output.name}", param_hint="--output")
+    if flags := given(ctx):
+        raise click.UsageError(f"{', '.join(flags)}: for an engine, and {output.name} is none: name it with -o X.plan")
     if output.resolve() == checkpoint.resolve():
         raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
     report = _export(checkpoint, official, output, precision, calibration, range_limit)
@@ -111,3 +132,21 @@ def _export(
 
     photographs = load_photographs(calibration) if calibration else None
     return export_onnx(load_checkpoint(checkpoint, official=official), output, precision, photographs, range_limit)
+
+
+def _export_engine(
+    checkpoint: Path,
+    official: bool,
+    output: Path,
+    precision: str,
+    calibration: Path | None,
+    range_limit: float,
+    options: EngineOptions,
+) -> EngineReport:
+    """Export to an ONNX file that does not stay, and build it."""
+    with tempfile.TemporaryDirectory(prefix="misf-export-") as folder:
+        onnx_file = Path(folder) / f"{output.stem}.onnx"
+        _export(checkpoint, official, onnx_file, precision, calibration, range_limit)
+        from .engine import build_engine
+
+        return build_engine(onnx_file, output, options)
