@@ -1,7 +1,7 @@
 """The TensorRT plugin library: where it is, what it was built for, building and loading it.
 
-One file per TensorRT major: `libmisf_trt10.so`, `libmisf_trt11.so`, to be loaded through TensorRT's registry (ours does it
-by itself; trtexec: --dynamicPlugins), each with a twin `..._selfregister.so` for those who only dlopen (Triton, ONNX
+One file per TensorRT major: `libmisf_trt10.so`, `libmisf_trt11.so`, to be loaded through TensorRT's registry (ours does
+it by itself; trtexec: --dynamicPlugins), each with a twin `..._selfregister.so` for those who only dlopen (Triton, ONNX
 Runtime, trtexec --staticPlugins). Sources: dynamic_filter/. Needs neither TensorRT nor CUDA, except to build.
 """
 
@@ -231,7 +231,7 @@ def _reason(output: str) -> str:
     lines = output.splitlines()
     for number, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            message = []
+            message: list[str] = []
             for following in lines[number + 1 :]:
                 if following.startswith("Call Stack") or (message and not following.strip()):
                     break

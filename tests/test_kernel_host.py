@@ -186,7 +186,7 @@ def test_the_referee_agrees_with_the_reference(walker: tuple[ctypes.CDLL, torch.
 
 @pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name.lower())
 def test_offsets_beyond_32_bits(layout: Layout, folder: Path) -> None:
-    """The last block of 3 x 4 x 16384 x 16384 values: 3.2e9 elements, 7.2e9 taps, in memory that is mostly untouched."""
+    """The last block of 3 x 4 x 16384 x 16384 values: 3.2e9 elements, 7.2e9 taps, in memory mostly untouched."""
     dtype, sides, crop = torch.float16, (3, 4, 16384, 16384), (4, 8)
     n, channels, height, width = sides
     taps_channels = 9

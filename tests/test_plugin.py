@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 
 from misf.plugins import library, plugin_cli
+from misf.plugins.dynamic_filter import dynamic_filter
 from misf.plugins.errors import EnvironmentMismatch, MisfError
 
 HERE = Path(__file__).parent / "plugin_host"
@@ -195,6 +196,55 @@ def test_the_twin_registers_itself(built: Built) -> None:
     message = f"misf plugin: DynamicFilter: not registered: load TensorRT {major} before this library"
     assert load("-") == ("none", message)
     assert load(built.fake, MISF_FAKE_MAJOR=str(21 - major)) == ("0", message)
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def memory_of(tensor: torch.Tensor, name: str) -> bytes:
+    """Return N,C,H,W values as bytes in a format; HWC8 rounds channels up to 8, and its padding is NaN."""
+    if name != "hwc8_half":
+        return tensor.contiguous().numpy().tobytes()
+    n, channels, height, width = tensor.shape
+    padded = torch.full((n, height, width, -(-channels // 8) * 8), float("nan"), dtype=tensor.dtype)
+    padded[..., :channels] = tensor.permute(0, 2, 3, 1)
+    return padded.numpy().tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["linear_float", "linear_half", "hwc8_half"])
+def test_enqueue_on_the_gpu(built: Built, name: str, tmp_path: Path) -> None:
+    """Real buffers between guard zones, a CUDA graph, poisoned outputs; under compute-sanitizer where there is one."""
+    headers = next(folder for folder in HEADERS if version_of(folder) == built.version)
+    harness = tmp_path / "harness"
+    options = ["-std=c++17", "-DMISF_WITH_GPU", "-x", "cu", "-isystem", include_folder(headers)]
+    run(cuda_home() / "bin" / "nvcc", *options, HERE / "harness.cpp", "-o", harness, "-ldl")
+    sanitizer = shutil.which("compute-sanitizer")
+    prefix = [sanitizer, "--error-exitcode", "9"] if sanitizer else []
+    dtype = torch.float32 if name == "linear_float" else torch.float16
+    for case in (
+        (1, 4, 1, 1, 3, 4),
+        (2, 256, 13, 24, 3, 4),
+        (2, 3, 70, 264, 3, 1),
+        (1, 20, 9, 10, 3, 4),
+        (2, 5, 6, 5, 5, 5),
+    ):
+        n, channels, height, width, kernel_size, share = case
+        features = torch.randn(n, channels, height, width).to(dtype)
+        taps = torch.randn(n, channels * kernel_size**2 // share, height, width).to(dtype)
+        files = [tmp_path / part for part in ("features", "taps", "output")]
+        files[0].write_bytes(memory_of(features, name))
+        files[1].write_bytes(memory_of(taps, name))
+        result = run(*prefix, harness, built.loadable, name, *case, *files)
+        assert "FAIL" not in result.stdout
+        values = torch.frombuffer(bytearray(files[2].read_bytes()), dtype=dtype)
+        if name == "hwc8_half":
+            padded = values.view(n, height, width, -1)
+            assert bool((padded[..., channels:] == 0).all())
+            values = padded[..., :channels].permute(0, 3, 1, 2)
+        expected = dynamic_filter(features.double(), taps.double(), kernel_size, share)
+        rtol = 1e-5 if dtype == torch.float32 else 1e-3
+        torch.testing.assert_close(values.reshape(features.shape).double(), expected, rtol=rtol, atol=1e-5)
 
 
 # ---- TensorRT for RTX: a real parser loads the real library ---------------------------------------------------------

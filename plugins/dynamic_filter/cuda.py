@@ -204,14 +204,18 @@ def run(
         naive: use the referee.
 
     """
-    from cuda.bindings import driver
-
     pointers = (first.data_ptr(), second.data_ptr(), written.data_ptr())
     bits = functools.reduce(int.__or__, pointers, ACCESS_BYTES)
-    call = plan(which, layout, shape, written.dtype, bits & -bits, naive=naive)
+    launch(plan(which, layout, shape, written.dtype, bits & -bits, naive=naive), pointers, written.device)
+
+
+def launch(call: Plan, pointers: tuple[int, int, int], device: torch.device) -> None:
+    """Put a planned call on torch's current stream of `device`. Raises RuntimeError with CUDA's reason."""
+    from cuda.bindings import driver
+
     if 0 in call.grid:
         return
-    with torch.cuda.device(written.device):
+    with torch.cuda.device(device):
         major, minor = torch.cuda.get_device_capability()
         kernel = _loaded_kernel(call.kernel, f"sm_{major}{minor}")
         arguments, _alive = launch_arguments(pointers, call.shape)
@@ -268,14 +272,18 @@ def backward(
 
 @functools.cache
 def available() -> bool:
-    """Return whether the extra `cuda` is installed; where it is not, say once that the op will be slow."""
+    """Return whether kernels can be compiled here; where they cannot, say once why the op will be slow."""
     try:
-        import cuda.bindings.driver
         import cuda.core  # noqa: F401
-    except ImportError as error:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        nvrtc.nvrtcVersion()
+        _header_folders()
+    except (ImportError, RuntimeError, EnvironmentMismatch) as error:
+        reason = str(error).splitlines()[0]
         warnings.warn(
-            f"the dynamic filter runs in plain PyTorch on CUDA tensors, several times slower than its kernels, because "
-            f"cuda-core is missing ({error}): pip install 'misf[cuda]'",
+            "the dynamic filter runs in plain PyTorch on CUDA tensors, several times slower than its CUDA kernels: "
+            f"{reason}: pip install 'misf[cuda]'",
             stacklevel=2,
         )
         return False

@@ -148,8 +148,9 @@ __global__ void __launch_bounds__(kTHREADS)
 }
 
 // gradFeatures[n,c,y,x] = sum over i,j of (gradOutput[n,c] * taps[n,m(c,i,j)]) at the pixel (y - i + K/2, x - j + K/2).
+// Two blocks per multiprocessor: left to itself ptxas aims at 64 registers, and spills on sm_75.
 template <typename T, int K, int R, int V>
-__global__ void __launch_bounds__(kTHREADS)
+__global__ void __launch_bounds__(kTHREADS, 2)
     gradFeaturesPlanar(const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
 {
     constexpr int kAREA = K * K;

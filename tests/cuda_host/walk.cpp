@@ -5,7 +5,7 @@
 #include <vector_types.h>
 
 #undef __launch_bounds__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 namespace
 {
