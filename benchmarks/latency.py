@@ -34,16 +34,15 @@ BASELINE = "PyTorch eager, official formulation"
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """Return a checkpoint of the published sizes with He-initialised weights: speed does not depend on the values."""
+    """Return a checkpoint of the published sizes with PyTorch's fresh weights: speed does not depend on the values."""
     import torch
 
     from misf.training import PRESETS
     from misf.training.checkpoint import save_checkpoint
-    from misf.training.network import InpaintingNetwork, initialize
+    from misf.training.network import InpaintingNetwork
 
     torch.manual_seed(0)
     network = InpaintingNetwork(PRESETS["misf"])
-    initialize(network)
     path = folder / "misf-random.safetensors"
     save_checkpoint(path, network.config, network.state_dict(), notes={"note": "random weights, for benchmarks only"})
     return path

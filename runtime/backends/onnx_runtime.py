@@ -41,7 +41,8 @@ class OnnxRuntimeBackend:
             [entry.name for entry in self._session.get_outputs()],
             metadata,
         )
-        self.precision = metadata.get("misf.precision", "fp32")
+        self.precision = self.file_precision = metadata.get("misf.precision", "fp32")
+        self.checkpoint_sha256 = metadata.get("misf.checkpoint_sha256", "")
         if precision not in ("auto", self.precision):
             raise ValueError(
                 f"{path} is {self.precision} and {precision} was asked for: "

@@ -28,12 +28,15 @@ class OpenVinoBackend:
         if device not in ("auto", "cpu"):
             raise EnvironmentMismatch(f"device {device} was asked for and OpenVINO runs on CPUs: use onnxruntime")
         model = _read(path)
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.config = check_onnx(
             path,
             {entry.name: _shape(entry) for entry in model.graph.input},
             [entry.name for entry in model.graph.output],
-            {entry.key: entry.value for entry in model.metadata_props},
+            metadata,
         )
+        self.file_precision = metadata.get("misf.precision", "fp32")
+        self.checkpoint_sha256 = metadata.get("misf.checkpoint_sha256", "")
         core = openvino.Core()
         self.precision = _precision(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         self._settings: dict[str, Any] = {
