@@ -23,19 +23,21 @@ PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def cuda_headers() -> Path:
-    """Return the include folder of a CUDA toolkit, of the machine or of the pip packages; skips loudly without one."""
+def cuda_headers() -> list[Path]:
+    """Return the include folders of a CUDA toolkit, of the machine or of the pip packages; skips loudly without one."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
     spec = importlib.util.find_spec("nvidia")
     for location in spec.submodule_search_locations or () if spec else ():
         folders += sorted(Path(location).glob("*/include"))
     for folder in folders:
-        # A host compiler needs crt/ too, which is a pip package of its own: nvidia-cuda-crt.
-        if (folder / "cuda_fp16.h").is_file() and (folder / "crt" / "host_defines.h").is_file():
-            return folder
+        # A host compiler needs more than NVRTC does: crt/ and, since CUDA 13 in cccl/, nv/target.
+        found = [folder, folder / "cccl"]
+        wanted = ("cuda_fp16.h", "crt/host_defines.h", "nv/target")
+        if all(any((place / name).is_file() for place in found) for name in wanted):
+            return found
     pytest.skip(
         "NOT PROVED: the CUDA kernels were not executed, because no CUDA headers were found: "
-        "set CUDA_HOME, or pip install nvidia-cuda-runtime nvidia-cuda-crt"
+        "set CUDA_HOME, or pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
     )
 
 
@@ -49,7 +51,8 @@ def library(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
     target = folder / f"walk{name}.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-fsanitize=undefined", "-fno-sanitize-recover=all", f"-DMISF_TYPE={name}"]
-    command += [f"-isystem{cuda_headers()}", f"-I{SOURCES}", str(HERE / "walk.cpp"), "-o", str(target)]
+    command += [f"-isystem{place}" for place in cuda_headers()]
+    command += [f"-I{SOURCES}", str(HERE / "walk.cpp"), "-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[:4000]
     return ctypes.CDLL(str(target))
