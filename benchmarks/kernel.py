@@ -4,8 +4,8 @@
     python benchmarks/kernel.py --tune               # on a GPU: also other geometries of the kernels
 
 Bytes are the floor: features, taps and output, each moved once; their time at the speed of a copy that is measured here
-is the least that any kernel could take. On a GPU every run is timed by CUDA events, after a write that flushes the L2,
-and every result is compared with the reference in float64 before it is timed. Writes kernel.json and kernel.md.
+is the least that any kernel could take. On a GPU every run is timed by CUDA events, after a write that flushes the L2;
+every result is compared with the reference in float64 before it is timed. Writes kernel-cuda.json and .md (or -cpu).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from misf.plugins.errors import AccuracyError, EnvironmentMismatch
 from misf.plugins.files import written_whole
 
 FLUSH_BYTES = 256 << 20  # more than any L2
+FLUSHES = 4  # so long that the run is in the queue before the GPU is done with them: no gap is timed
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
+TYPES = {"cuda": (torch.float32, torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
 Run = Callable[[], Any]
 
 
@@ -101,7 +103,8 @@ class Timer:
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e3
-        self._flush.zero_()
+        for _ in range(FLUSHES):
+            self._flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -350,21 +353,28 @@ def main(device: str, repeats: int, batch: int | None, tune: bool, output: Path)
         raise click.UsageError("--tune needs a GPU")
     torch.manual_seed(0)
     bench = Bench(device, repeats)
-    dtypes = [torch.float32, torch.float16, torch.bfloat16] if device == "cuda" else [torch.float32]
+    machine = describe(device)
     for case in cases(device, batch):
-        for dtype in dtypes:
+        for dtype in TYPES[device]:
             bench.forward(case, dtype)
             bench.backward(case, dtype)
-        if tune:
+    table = write(bench, machine, output)
+    if tune:
+        for case in cases(device, batch):
             bench.tune(case)
-    machine = describe(device)
-    output.mkdir(parents=True, exist_ok=True)
+        table = write(bench, machine, output)
+    click.echo(table)
+
+
+def write(bench: Bench, machine: dict[str, Any], folder: Path) -> str:
+    """Write kernel-DEVICE.json and .md; return the table."""
+    folder.mkdir(parents=True, exist_ok=True)
     document = {"machine": machine, "copy_gb_per_s": bench.copy, "rows": [asdict(row) for row in bench.rows]}
     table = markdown(bench.rows, bench.copy, machine)
     for suffix, text in ((".json", json.dumps(document, indent=2) + "\n"), (".md", table)):
-        with written_whole(output / f"kernel-{device}{suffix}") as path:
+        with written_whole(folder / f"kernel-{bench.device}{suffix}") as path:
             path.write_text(text)
-    click.echo(table)
+    return table
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from misf.plugins.dynamic_filter import cuda, dynamic_filter
 from misf.plugins.dynamic_filter.cuda import Layout, Pass
+from misf.plugins.errors import AccuracyError
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One rounding to the storage type of sums that are made in float32.
@@ -97,6 +100,64 @@ def test_missing_cuda_headers_are_one_clear_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(cuda.EnvironmentMismatch, match="pip install nvidia-cuda-runtime"):
         cuda.compile_kernel("misf::forwardNaive<float, false>", "sm_80")
+
+
+# ---- benchmarks/kernel.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    path = Path(__file__).parent.parent / "benchmarks" / "kernel.py"
+    spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_counts_bytes_and_checks_results(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 1 << 20})
+    bench = benchmark.Bench("cpu", 3)
+    methods = {"ours": dynamic_filter, "official": benchmark.stacked, "unfold": benchmark.unfolded}
+    monkeypatch.setattr(bench, "_methods", lambda: methods)
+    case = benchmark.Case("features", 2, 8, 6, 4)
+    bench.forward(case, torch.float32)
+    bench.backward(case, torch.float32)
+    assert [row.method for row in bench.rows[:4]] == ["ours", "official", "unfold", "ours"]
+    picture = 2 * 6 * 6 * 4
+    assert {row.floor_bytes for row in bench.rows[:4]} == {picture * (8 + 18 + 8)}
+    assert {row.floor_bytes for row in bench.rows[4:]} == {picture * (3 * 8 + 2 * 18)}
+    row = bench.rows[1]
+    assert row.times_official == 1
+    assert row.gb_per_s == pytest.approx(row.floor_bytes / row.time_ms / 1e6)
+    table = benchmark.markdown(bench.rows, bench.copy, {"gpus": []})
+    assert table.count("| features | 2x8x6x6 |") == len(bench.rows)
+
+    methods["official"] = lambda f, t, k, s: benchmark.stacked(f, t, k, s) * 1.01
+    with pytest.raises(AccuracyError, match="a result is wrong"):
+        bench.forward(case, torch.float32)
+
+
+def test_every_geometry_that_is_tuned_covers_the_output(benchmark: Any) -> None:
+    """Blocks times what a block makes is at least the output, and the default comes first."""
+    case = benchmark.Case("features", 64, 256, 64, 4)
+    shape = cuda.call_shape((64, 256, 64, 64), 3, 4)
+    for layout, threads_for in ((Layout.PLANAR, 64), (Layout.CHANNELS_LAST, 0)):
+        default = cuda.plan(Pass.FORWARD, layout, shape, torch.float16)
+        found = list(benchmark.geometries(default, case, 2))
+        assert found[0] is default
+        assert len(found) > 3
+        for call in found:
+            s = call.shape
+            rows = cuda.THREADS >> (s.group_bits + s.column_bits)
+            width = call.width if layout is Layout.PLANAR else 1
+            assert s.column_tiles * (width << s.column_bits) >= 64
+            assert s.row_tiles * rows >= 64
+            assert call.grid[0] == s.column_tiles * s.row_tiles * 64
+            per_thread = 0 if layout is Layout.PLANAR else int(call.kernel.split(", ")[3])
+            assert call.grid[1] == (threads_for or -(-256 // (per_thread << s.group_bits)))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
