@@ -1,4 +1,4 @@
-// What this library was built for, as one line of JSON in a section of its own; misf-plugin info reads it from the file.
+// What this library was built for: a line of JSON in a section of its own, which misf-plugin info reads from the file.
 #pragma once
 
 #include <NvInferVersion.h>
@@ -17,7 +17,10 @@
 #define MISF_KIND unknown
 #endif
 
+// clang-format off
 __attribute__((section(".misf_info"), used)) static char const kMISF_INFO[]
     = "misf-plugin {\"misf\": \"" MISF_INFO_TEXT(MISF_VERSION) "\", \"kind\": \"" MISF_INFO_TEXT(MISF_KIND)
       "\", \"tensorrt\": \"" MISF_INFO_TEXT(NV_TENSORRT_MAJOR) "." MISF_INFO_TEXT(NV_TENSORRT_MINOR)
-      "\", \"cuda\": " MISF_INFO_TEXT(CUDART_VERSION) ", \"architectures\": \"" MISF_INFO_TEXT(MISF_ARCHITECTURES) "\"}";
+      "\", \"cuda\": " MISF_INFO_TEXT(CUDART_VERSION)
+      ", \"architectures\": \"" MISF_INFO_TEXT(MISF_ARCHITECTURES) "\"}";
+// clang-format on

@@ -36,7 +36,7 @@ template <typename T, int K, int V> struct Window
     {
         constexpr int kBORDER = K / 2;
         const bool rowInside = row >= 0 && row < s.height;
-        const T* const from = plane + (rowInside ? (long long)(row) * s.width + column : 0);
+        const T* const from = plane + (rowInside ? (long long)(row)*s.width + column : 0);
         Window window;
         const auto middle = Strip<T, V, V>::read(from, rowInside ? V : 0);
 #pragma unroll
@@ -56,7 +56,8 @@ template <typename T, int K, int V> struct Window
     }
 };
 
-// A thread makes one channel group at V neighbouring columns. V > 1 needs W % V == 0 and pointers aligned to V elements.
+// A thread makes one channel group at V neighbouring columns. V > 1 needs W % V == 0 and pointers aligned to V
+// elements.
 template <typename T, int K, int R, int V>
 __global__ void __launch_bounds__(kTHREADS)
     forwardPlanar(const T* __restrict__ features, const T* __restrict__ taps, T* __restrict__ output, Shape s)
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(kTHREADS)
 // gradFeatures[n,c,y,x] = sum over i,j of (gradOutput[n,c] * taps[n,m(c,i,j)]) at the pixel (y - i + K/2, x - j + K/2).
 // Two blocks per multiprocessor: left to itself ptxas aims at 64 registers, and spills on sm_75.
 template <typename T, int K, int R, int V>
-__global__ void __launch_bounds__(kTHREADS, 2)
-    gradFeaturesPlanar(const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
+__global__ void __launch_bounds__(kTHREADS, 2) gradFeaturesPlanar(
+    const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
 {
     constexpr int kAREA = K * K;
     constexpr int kGROUP = groupChannels(K, R);
@@ -179,8 +180,7 @@ __global__ void __launch_bounds__(kTHREADS, 2)
                 if (j == 0 || q % R == 0) // the first tap of this row, or of the next channel of taps
                 {
                     const int m = at.group * kGROUP_TAPS + q / R;
-                    tap = Window<T, K, V>::read(
-                        taps + planarRow(s, at.image, s.tapChannels, m, 0), s, row, at.column);
+                    tap = Window<T, K, V>::read(taps + planarRow(s, at.image, s.tapChannels, m, 0), s, row, at.column);
                 }
 #pragma unroll
                 for (int v = 0; v < V; ++v)
@@ -216,7 +216,8 @@ template <typename T, int K, int R, int V, int Width> struct Pixel
     }
 
     // The thread's channels, or taps, of that pixel; zero outside the picture.
-    static __device__ Channels readChannels(const T* from, const Shape& s, const Place& at, int down, int right, int stride)
+    static __device__ Channels readChannels(
+        const T* from, const Shape& s, const Place& at, int down, int right, int stride)
     {
         const int first = at.group * V;
         const bool inside = insidePicture(s, at.row + down, at.column + right);
@@ -268,8 +269,8 @@ __global__ void __launch_bounds__(kTHREADS)
 
 // As gradTapsPlanar.
 template <typename T, int K, int R, int V, int Width>
-__global__ void __launch_bounds__(kTHREADS)
-    gradTapsChannelsLast(const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
+__global__ void __launch_bounds__(kTHREADS) gradTapsChannelsLast(
+    const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
 {
     using Mine = Pixel<T, K, R, V, Width>;
 
@@ -299,8 +300,8 @@ __global__ void __launch_bounds__(kTHREADS)
 
 // As gradFeaturesPlanar.
 template <typename T, int K, int R, int V, int Width>
-__global__ void __launch_bounds__(kTHREADS)
-    gradFeaturesChannelsLast(const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
+__global__ void __launch_bounds__(kTHREADS) gradFeaturesChannelsLast(
+    const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
 {
     using Mine = Pixel<T, K, R, V, Width>;
 

@@ -14,8 +14,7 @@ int roundUpTo8(int channels) { return (channels + 7) / 8 * 8; }
 template <Layout kLAYOUT, typename T>
 cudaError_t launch(Shape const& shape, void const* features, void const* taps, void* output, cudaStream_t stream)
 {
-    auto const addresses
-        = reinterpret_cast<std::uintptr_t>(features) | reinterpret_cast<std::uintptr_t>(taps)
+    auto const addresses = reinterpret_cast<std::uintptr_t>(features) | reinterpret_cast<std::uintptr_t>(taps)
         | reinterpret_cast<std::uintptr_t>(output) | std::uintptr_t(kACCESS_BYTES);
     Plan const call = plan(Pass::kFORWARD, kLAYOUT, shape, sizeof(T), addresses & ~(addresses - 1));
     if (call.gridX == 0)
@@ -34,7 +33,8 @@ cudaError_t launchForward(
     Call const& call, void const* features, void const* taps, void* output, cudaStream_t stream) noexcept
 {
     bool const padded = call.format == Format::kHWC8;
-    int const tapChannels = static_cast<int>(static_cast<long long>(call.channels) * call.kernelSize * call.kernelSize / call.share);
+    int const tapChannels =
+        static_cast<int>(static_cast<long long>(call.channels) * call.kernelSize * call.kernelSize / call.share);
     Shape shape{};
     shape.batch = call.batch;
     shape.channels = call.channels;

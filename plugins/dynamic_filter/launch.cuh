@@ -54,8 +54,8 @@ inline int bitsFor(long long count, int limit)
     return bits;
 }
 
-// Channels that a thread of the channels-last kernels makes: one group, or one wide access; two in the forward pass where
-// each tap serves four products. (More spills registers in the gradients.)
+// Channels that a thread of the channels-last kernels makes: one group, or one wide access; two in the forward pass
+// where each tap serves four products. (More spills registers in the gradients.)
 constexpr int channelsPerThread(Pass pass, int elementSize, int share, int width)
 {
     return width == 1 ? groupChannels(3, share)
@@ -64,7 +64,8 @@ constexpr int channelsPerThread(Pass pass, int elementSize, int share, int width
 
 // Plans a call. `shape` comes without geometry; `alignment`: bytes to which all three pointers are aligned.
 // `naive` asks for the referee.
-inline Plan plan(Pass pass, Layout layout, Shape shape, int elementSize, unsigned long long alignment, bool naive = false)
+inline Plan plan(
+    Pass pass, Layout layout, Shape shape, int elementSize, unsigned long long alignment, bool naive = false)
 {
     Plan result{shape, false, 1, 0, 0};
     Shape& s = result.shape;
@@ -165,7 +166,7 @@ template <Pass kPASS, Layout kLAYOUT, typename T, int R> Kernel<T> fastKernel(in
     if constexpr (kLAYOUT == Layout::kPLANAR)
     {
         constexpr int kMIDDLE = 4 / sizeof(T);
-        return width == kWIDE ? planarKernel<kPASS, T, R, kWIDE>()
+        return width == kWIDE  ? planarKernel<kPASS, T, R, kWIDE>()
             : width == kMIDDLE ? planarKernel<kPASS, T, R, kMIDDLE>()
                                : planarKernel<kPASS, T, R, 1>();
     }

@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kTHREADS)
 }
 
 template <typename T, bool ChannelsLast>
-__global__ void __launch_bounds__(kTHREADS)
-    gradFeaturesNaive(const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
+__global__ void __launch_bounds__(kTHREADS) gradFeaturesNaive(
+    const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
 {
     const auto e = Element<ChannelsLast>::ofThread(s, s.channels, s.featureStride);
     if (e.image >= s.batch)

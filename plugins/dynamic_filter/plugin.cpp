@@ -82,7 +82,8 @@ DynamicFilterPlugin::DynamicFilterPlugin(Attributes const& attributes) noexcept
           PluginField{kSHARE, &mAttributes.share, PluginFieldType::kINT32, 1}}
     , mFieldCollection{2, mFields}
 {
-    std::snprintf(mTimingCacheId, sizeof(mTimingCacheId), "kernel_size=%d,share=%d", attributes.kernelSize, attributes.share);
+    std::snprintf(
+        mTimingCacheId, sizeof(mTimingCacheId), "kernel_size=%d,share=%d", attributes.kernelSize, attributes.share);
 }
 
 IPluginCapability* DynamicFilterPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept
@@ -125,7 +126,8 @@ bool DynamicFilterPlugin::channelsAgree(int64_t channels, int64_t tapChannels) c
     if (taps >= 0 && taps % mAttributes.share == 0 && taps / mAttributes.share == tapChannels && fitsInt(tapChannels))
         return true;
     logError("taps must have C*K*K/share channels, with C = %lld, K = %d, share = %d; got %lld",
-        static_cast<long long>(channels), mAttributes.kernelSize, mAttributes.share, static_cast<long long>(tapChannels));
+        static_cast<long long>(channels), mAttributes.kernelSize, mAttributes.share,
+        static_cast<long long>(tapChannels));
     return false;
 }
 
@@ -140,8 +142,8 @@ int32_t DynamicFilterPlugin::configurePlugin(
     }
     if (in[0].desc.dims.nbDims != 4 || in[1].desc.dims.nbDims != 4)
     {
-        logError("features and taps must be N,C,H,W, got %d and %d dimensions", static_cast<int>(in[0].desc.dims.nbDims),
-            static_cast<int>(in[1].desc.dims.nbDims));
+        logError("features and taps must be N,C,H,W, got %d and %d dimensions",
+            static_cast<int>(in[0].desc.dims.nbDims), static_cast<int>(in[1].desc.dims.nbDims));
         return -1;
     }
     return channelsAgree(in[0].desc.dims.d[1], in[1].desc.dims.d[1]) ? 0 : -1;

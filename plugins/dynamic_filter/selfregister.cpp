@@ -1,6 +1,6 @@
 // The library for those who only dlopen: Triton's plugins=, ONNX Runtime's trt_extra_plugin_lib_paths, trtexec
-// --staticPlugins. It registers its creator when it is loaded, so TensorRT must be loaded before it. Never give this one
-// to loadLibrary, which refuses a creator that is registered already; that is what the other library is for.
+// --staticPlugins. It registers its creator when it is loaded, so TensorRT must be loaded before it. Never give this
+// one to loadLibrary, which refuses a creator that is registered already; that is what the other library is for.
 #include "info.h"
 #include "log.h"
 #include "plugin.h"
@@ -10,8 +10,8 @@ namespace
 
 __attribute__((constructor)) void registerCreator() noexcept
 {
-    auto const registry
-        = reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(misf::tensorRtFunction("getPluginRegistry"));
+    auto const registry =
+        reinterpret_cast<nvinfer1::IPluginRegistry* (*)()>(misf::tensorRtFunction("getPluginRegistry"));
     if (registry == nullptr)
     {
         misf::logError("not registered: load TensorRT %d before this library", NV_TENSORRT_MAJOR);

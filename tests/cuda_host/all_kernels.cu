@@ -1,4 +1,4 @@
-// Every kernel that ships, for the compile test: those of the TensorRT plugin and those that cuda.py compiles on demand.
+// Every kernel that ships, for the compile test: the TensorRT plugin's, and those that cuda.py compiles on demand.
 #include "launch.cuh"
 
 namespace misf

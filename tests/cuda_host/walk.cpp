@@ -38,8 +38,8 @@ misf::Kernel<T> kernelOf(Pass pass, Layout layout, const misf::Plan& plan)
 } // namespace
 
 // Plans the call: `shape` is read and gets its geometry; `report` is fast, width, gridX, gridY.
-extern "C" void misf_plan(
-    int pass, int layout, misf::Shape* shape, int elementSize, unsigned long long alignment, int naive, unsigned* report)
+extern "C" void misf_plan(int pass, int layout, misf::Shape* shape, int elementSize, unsigned long long alignment,
+    int naive, unsigned* report)
 {
     const misf::Plan plan = misf::plan(Pass(pass), Layout(layout), *shape, elementSize, alignment, naive != 0);
     *shape = plan.shape;
@@ -49,8 +49,8 @@ extern "C" void misf_plan(
     report[3] = plan.gridY;
 }
 
-// Plans and runs the call from block (firstX, firstY) on; `arguments` are the pointers that a CUDA launch takes: to three
-// pointers and a Shape.
+// Plans and runs the call from block (firstX, firstY) on; `arguments` are the pointers that a CUDA launch takes: to
+// three pointers and a Shape.
 extern "C" void misf_walk(
     int pass, int layout, void** arguments, unsigned long long alignment, int naive, unsigned firstX, unsigned firstY)
 {

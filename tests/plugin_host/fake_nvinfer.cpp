@@ -16,7 +16,11 @@ public:
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
     bool registerCreator(IPluginCreator&, AsciiChar const* const) noexcept override { std::abort(); }
     IPluginCreator* const* getPluginCreatorList(int32_t* const) const noexcept override { std::abort(); }
-    IPluginCreator* getPluginCreator(AsciiChar const* const, AsciiChar const* const, AsciiChar const* const) noexcept override { std::abort(); }
+    IPluginCreator* getPluginCreator(
+        AsciiChar const* const, AsciiChar const* const, AsciiChar const* const) noexcept override
+    {
+        std::abort();
+    }
     bool deregisterCreator(IPluginCreator const&) noexcept override { std::abort(); }
 #endif
 #if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 1010
@@ -29,7 +33,11 @@ public:
     PluginLibraryHandle loadLibrary(AsciiChar const*) noexcept override { std::abort(); }
     void deregisterLibrary(PluginLibraryHandle) noexcept override { std::abort(); }
     IPluginCreatorInterface* const* getAllCreators(int32_t* const) const noexcept override { std::abort(); }
-    IPluginCreatorInterface* getCreator(AsciiChar const* const, AsciiChar const* const, AsciiChar const* const) noexcept override { std::abort(); }
+    IPluginCreatorInterface* getCreator(
+        AsciiChar const* const, AsciiChar const* const, AsciiChar const* const) noexcept override
+    {
+        std::abort();
+    }
     bool deregisterCreator(IPluginCreatorInterface const&) noexcept override { std::abort(); }
     IPluginResource* acquirePluginResource(AsciiChar const*, IPluginResource*) noexcept override { std::abort(); }
     int32_t releasePluginResource(AsciiChar const*) noexcept override { std::abort(); }

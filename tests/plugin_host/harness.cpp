@@ -57,7 +57,8 @@ struct Parts
     }
 };
 
-Plugin make(IPluginCreatorV3One& creator, std::vector<PluginField> const& fields, TensorRTPhase phase = TensorRTPhase::kBUILD)
+Plugin make(
+    IPluginCreatorV3One& creator, std::vector<PluginField> const& fields, TensorRTPhase phase = TensorRTPhase::kBUILD)
 {
     PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
     return Plugin(creator.createPlugin("layer", &collection, phase));
@@ -65,8 +66,9 @@ Plugin make(IPluginCreatorV3One& creator, std::vector<PluginField> const& fields
 
 Plugin make(IPluginCreatorV3One& creator, int32_t kernelSize, int32_t share)
 {
-    return make(creator, {PluginField("kernel_size", &kernelSize, PluginFieldType::kINT32, 1),
-                             PluginField("share", &share, PluginFieldType::kINT32, 1)});
+    return make(creator,
+        {PluginField("kernel_size", &kernelSize, PluginFieldType::kINT32, 1),
+            PluginField("share", &share, PluginFieldType::kINT32, 1)});
 }
 
 PluginTensorDesc tensor(std::vector<int64_t> const& dims, DataType type, TensorFormat format)
@@ -101,10 +103,13 @@ void checkBadFields(IPluginCreatorV3One& creator)
     check(make(creator, -3, 1) == nullptr, "a negative kernel_size makes no plugin");
     check(make(creator, 3, 0) == nullptr, "share 0 makes no plugin");
     float const number = 3.0F;
-    check(make(creator, {PluginField("kernel_size", &number, PluginFieldType::kFLOAT32, 1)}) == nullptr, "a float makes no plugin");
+    check(make(creator, {PluginField("kernel_size", &number, PluginFieldType::kFLOAT32, 1)}) == nullptr,
+        "a float makes no plugin");
     int32_t const two[] = {3, 3};
-    check(make(creator, {PluginField("kernel_size", two, PluginFieldType::kINT32, 2)}) == nullptr, "a list makes no plugin");
-    check(make(creator, {PluginField("share", nullptr, PluginFieldType::kINT32, 1)}) == nullptr, "no data makes no plugin");
+    check(make(creator, {PluginField("kernel_size", two, PluginFieldType::kINT32, 2)}) == nullptr,
+        "a list makes no plugin");
+    check(make(creator, {PluginField("share", nullptr, PluginFieldType::kINT32, 1)}) == nullptr,
+        "no data makes no plugin");
     if (dlsym(RTLD_DEFAULT, "misf_fake_registrations") != nullptr)
     {
         bool named = gLogged.size() >= before + 6;
@@ -147,9 +152,11 @@ void checkBuild(IPluginCreatorV3One& creator)
             && std::memcmp(result.d, shapes[0].d, 4 * sizeof(result.d[0])) == 0,
         "the output has the features' shape");
     shapes[1].nbDims = 3;
-    check(parts.build->getOutputShapes(shapes, 2, nullptr, 0, &result, 1, builder) != 0, "three dimensions are refused");
+    check(
+        parts.build->getOutputShapes(shapes, 2, nullptr, 0, &result, 1, builder) != 0, "three dimensions are refused");
 
-    auto const configure = [&](std::vector<int64_t> const& features, std::vector<int64_t> const& taps) {
+    auto const configure = [&](std::vector<int64_t> const& features, std::vector<int64_t> const& taps)
+    {
         DynamicPluginTensorDesc in[2]{};
         DynamicPluginTensorDesc out[1]{};
         in[0].desc = tensor(features, DataType::kFLOAT, TensorFormat::kLINEAR);
@@ -176,8 +183,10 @@ void checkFormats(IPluginCreatorV3One& creator)
     {
         DynamicPluginTensorDesc all[3]{};
         int const codes[] = {combination % kALL, combination / kALL};
-        auto const set = [&](int pos, int code) {
-            all[pos].desc = tensor({1, 8, 4, 4}, static_cast<DataType>(code % kTYPES), static_cast<TensorFormat>(code / kTYPES));
+        auto const set = [&](int pos, int code)
+        {
+            all[pos].desc =
+                tensor({1, 8, 4, 4}, static_cast<DataType>(code % kTYPES), static_cast<TensorFormat>(code / kTYPES));
         };
         set(0, codes[0]);
         set(1, kALL - 1); // what is not asked for yet must not matter
@@ -197,8 +206,9 @@ void checkFormats(IPluginCreatorV3One& creator)
             accepted += ok ? 1 : 0;
             auto const type = all[0].desc.type;
             auto const format = all[0].desc.format;
-            right = right && (!ok || (format == TensorFormat::kLINEAR && (type == DataType::kFLOAT || type == DataType::kHALF))
-                || (format == TensorFormat::kHWC8 && type == DataType::kHALF));
+            right = right
+                && (!ok || (format == TensorFormat::kLINEAR && (type == DataType::kFLOAT || type == DataType::kHALF))
+                    || (format == TensorFormat::kHWC8 && type == DataType::kHALF));
         }
     }
     check(right && accepted == 3, "exactly three combinations: linear float, linear half, HWC8 half");
@@ -247,7 +257,9 @@ void checkRuntime(IPluginCreatorV3One& creator)
     void* outputs[1] = {};
     check(run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) != 0, "enqueue before onShapeChange fails");
 
-    auto const change = [&](std::vector<int64_t> const& features, std::vector<int64_t> const& taps, DataType type, TensorFormat format) {
+    auto const change =
+        [&](std::vector<int64_t> const& features, std::vector<int64_t> const& taps, DataType type, TensorFormat format)
+    {
         PluginTensorDesc const in[] = {tensor(features, type, format), tensor(taps, type, format)};
         PluginTensorDesc const out[] = {tensor(features, type, format)};
         return run.onShapeChange(in, 2, out, 1);
@@ -258,8 +270,10 @@ void checkRuntime(IPluginCreatorV3One& creator)
     check(change({1, 8, 5, 7}, {1, 18, 7, 5}, DataType::kFLOAT, kLINEAR) != 0, "taps of another height are refused");
     check(change({1, 8, 5, 7}, {1, 72, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "taps of another count are refused");
     check(change({1, 8, 5, -1}, {1, 18, 5, -1}, DataType::kFLOAT, kLINEAR) != 0, "unknown sizes are refused");
-    check(change({1LL << 32, 8, 5, 7}, {1LL << 32, 18, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "2^32 images are refused");
-    check(run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) != 0, "enqueue after a refused change fails");
+    check(
+        change({1LL << 32, 8, 5, 7}, {1LL << 32, 18, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "2^32 images are refused");
+    check(
+        run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) != 0, "enqueue after a refused change fails");
     check(change({0, 8, 5, 7}, {0, 18, 5, 7}, DataType::kFLOAT, kLINEAR) == 0
             && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) == 0,
         "nothing to do is done");
@@ -290,8 +304,8 @@ int main(int argc, char** argv)
     void* const library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr)
         return std::printf("FAIL %s\n", dlerror()), 97;
-    auto const getCreators
-        = reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));
+    auto const getCreators =
+        reinterpret_cast<IPluginCreatorInterface* const* (*)(int32_t&)>(dlsym(library, "getCreators"));
     auto const setLoggerFinder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
     if (getCreators == nullptr || setLoggerFinder == nullptr)
         return std::printf("FAIL entry points\n"), 96;
