@@ -67,7 +67,7 @@ def build_command(
 
     if tensorrt_root and fetch_headers:
         raise click.UsageError("--tensorrt-root and --fetch-headers exclude each other")
-    click.echo("building the plugin: about a minute per four architectures", err=True)
+    click.echo("building the plugin: seconds for one GPU, a minute or more for all", err=True)
     built = library.build(
         tensorrt_root=tensorrt_root, fetch_headers=fetch_headers, architectures=architectures, jobs=jobs
     )

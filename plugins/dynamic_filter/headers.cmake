@@ -77,9 +77,10 @@ else()
   endif()
   find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${from_package} ${TensorRT_INCLUDE_DIRS})
   if(NOT TENSORRT_INCLUDE_DIR)
-    message(FATAL_ERROR "TensorRT's headers were not found. One of: set TENSORRT_ROOT to an unpacked TensorRT; install "
-      "TensorRT 11.2 or later with its CMake package; install libnvinfer-headers-dev (JetPack: nvidia-jetpack); "
-      "or fetch them: -DMISF_FETCH_TRT_HEADERS=ON -DMISF_TRT_VERSION=10.3")
+    message(FATAL_ERROR "TensorRT's headers were not found. One of: name an unpacked TensorRT, with --tensorrt-root or "
+      "TENSORRT_ROOT; install TensorRT 11.2 or later with its CMake package; install libnvinfer-headers-dev (JetPack: "
+      "nvidia-jetpack); or fetch them: misf-plugin build --fetch-headers 10.3, in CMake -DMISF_FETCH_TRT_HEADERS=ON "
+      "-DMISF_TRT_VERSION=10.3")
   endif()
 endif()
 
