@@ -20,7 +20,7 @@ ENGINES = (".plan", ".engine", ".trt")  # as in runtime.backends, which takes a 
 
 @command("misf-build")
 @click.argument("onnx_file", metavar="ONNX", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The .plan file.  [default: beside the ONNX file]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The .plan file.  [default: beside ONNX]")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16"]),

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 @click.pass_context
 def main(
     ctx: click.Context,
+    /,
     checkpoint: Path,
     official: bool,
     precision: str | None,

@@ -95,9 +95,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     machine = _machine(flavor, options.device)
     plugin = _plugin(flavor, options)
     log.info("building with %s%s", flavor.title, f" for {machine.gpu}" if machine.gpu else "")
-    convolutions = float_types(model)
-    plan, obtained = _build(flavor, model, options, plugin is not None, machine, source)
-    precision = prove_precision(asked, obtained, convolutions, source)
+    plan, obtained = _build(flavor, model, options, plugin is not None, machine, source, asked)
     proof = "network"
     if flavor.has_plugins:
         check_inspected(asked, _inspect(flavor, plan, options.device), output)
@@ -111,7 +109,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
         gpu=machine.gpu,
         compute_capability=machine.compute_capability,
         precision_asked=asked,
-        precision_obtained=precision,
+        precision_obtained=asked,  # or there would be no engine
         precision_proof=proof,
         convolutions=obtained,
         limits=options.limits,
@@ -178,18 +176,23 @@ def for_parser(model: ModelProto, with_plugin: bool) -> bytes:
     without a body a plugin that is missing is an error. Without the plugin the body is put in place of its nodes.
     """
     if not with_plugin:
-        inlined: bytes = onnx.inliner.inline_local_functions(model).SerializeToString()
-        return inlined
+        return bytes(onnx.inliner.inline_local_functions(model).SerializeToString())
     bare = ModelProto()
     bare.CopyFrom(model)
     functions = [function for function in bare.functions if function.domain != onnx_op.DOMAIN]
     del bare.functions[:]
     bare.functions.extend(functions)
-    return bare.SerializeToString()
+    return bytes(bare.SerializeToString())
 
 
 def _build(
-    flavor: Flavor, model: ModelProto, options: EngineOptions, with_plugin: bool, machine: _Machine, source: Path
+    flavor: Flavor,
+    model: ModelProto,
+    options: EngineOptions,
+    with_plugin: bool,
+    machine: _Machine,
+    source: Path,
+    asked: str,
 ) -> tuple[bytes, dict[str, int]]:
     """Return the plan and how many convolutions of the parsed network are of each type."""
     trt, logger = flavor.module, make_logger(flavor)
@@ -200,6 +203,7 @@ def _build(
     if not parser.parse(for_parser(model, with_plugin)):
         raise MisfError(f"{flavor.title} cannot parse {source}: {_parser_error(parser)}")
     obtained = network_types(trt, network)
+    prove_precision(asked, obtained, float_types(model), source)
     config = builder.create_builder_config()
     _configure(trt, builder, config, options)
     with build_bar() as bar, _timing_cache(flavor, config, options, machine):
@@ -244,7 +248,9 @@ def _configure(trt: Any, builder: Any, config: Any, options: EngineOptions) -> N
 @contextlib.contextmanager
 def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: _Machine) -> Iterator[None]:
     """Give the builder what it measured in earlier builds, and keep what it measures in this one."""
-    if options.timing_cache is None and not machine.compute_capability:
+    if not flavor.has_plugins:  # for RTX: it measures nothing when it builds
+        if options.timing_cache:
+            log.info("%s keeps no timing cache: %s is not used", flavor.title, options.timing_cache)
         yield
         return
     capability = (machine.compute_capability or "any").replace(".", "")
@@ -272,8 +278,8 @@ def network_types(trt: Any, network: Any) -> dict[str, int]:
     return dict(Counter(names.get(kind, str(kind)) for kind in types))
 
 
-def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int], source: Path) -> str:
-    """Return the precision of most convolutions; AccuracyError unless it is the one asked for, as the file says it."""
+def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int], source: Path) -> None:
+    """Raise AccuracyError unless most convolutions are of the precision asked for, and all of the type in the file."""
     total = sum(obtained.values())
     counts = ", ".join(f"{number} {name}" for name, number in sorted(obtained.items())) or "none"
     if obtained != in_file:
@@ -285,7 +291,6 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
             f"{asked} was asked for and {precision} came out ({counts} of {total} convolutions): the types of an ONNX "
             f"file are the engine's, so export it with misf-export --precision {asked}"
         )
-    return precision
 
 
 def _inspect(flavor: Flavor, plan: bytes, device: int) -> str:

@@ -29,7 +29,7 @@ NAMES = (
 """Of the parameters that `engine_options` adds."""
 
 
-class HeightWidth(click.ParamType):
+class HeightWidth(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
     """HxW."""
 
     name = "HxW"
@@ -68,9 +68,7 @@ _OPTIONS = (
         type=click.Path(dir_okay=False, path_type=Path),
         help="Plugin library of the filter.  [default: MISF_PLUGIN, or what misf-plugin build installed]",
     ),
-    click.option(
-        "--no-plugin", is_flag=True, help="Build the filter from standard layers: no library needed, slower."
-    ),
+    click.option("--no-plugin", is_flag=True, help="Build the filter from standard layers: no library needed, slower."),
     click.option("--device", help="GPU to build for: cuda or cuda:N.  [default: MISF_DEVICE, or the first]"),
 )
 

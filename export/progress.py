@@ -72,22 +72,27 @@ def cancellable(work: Callable[[], T], cancelled: threading.Event) -> T:
     errors: list[BaseException] = []
     interruption: BaseException | None = None
 
+    finished = threading.Event()
+
     def run() -> None:
         try:
             results.append(work())
         except BaseException as error:
             errors.append(error)
+        finally:
+            finished.set()
 
     thread = threading.Thread(target=run, name="misf-build")
     thread.start()
-    while thread.is_alive():
+    while not finished.is_set():
         try:
-            thread.join(POLL_SECONDS)
+            finished.wait(POLL_SECONDS)  # not thread.join: before Python 3.13 an interrupted join forgets the thread
         except (KeyboardInterrupt, SystemExit) as error:
             if interruption is None:
                 log.warning("interrupted: cancelling the build")
             interruption = error
             cancelled.set()
+    thread.join()
     if interruption is not None:
         raise interruption
     if errors:

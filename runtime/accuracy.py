@@ -15,6 +15,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from .engine_info import Limits
+
 Array = NDArray[np.float32]
 Inpaint = Callable[[Array, Array], Array]
 """image float32 N,3,H,W in [0,1] and mask float32 N,1,H,W (1 = hole) -> the finished picture N,3,H,W."""
@@ -23,6 +25,15 @@ SAMPLES = Path(__file__).parent / "samples"
 
 SIZES = ((1, 256, 256), (1, 192, 320), (2, 128, 160), (1, 131, 93))
 """N, H, W of the default cases: the training size, one not square, a batch, and one that must be padded."""
+
+
+def default_sizes(limits: Limits | None = None) -> tuple[tuple[int, int, int], ...]:
+    """Return SIZES; for an engine what of them it takes, nearest, and its smallest and its best."""
+    if limits is None:
+        return SIZES
+    low, high = limits.min, limits.max
+    near = [tuple(min(max(side, low[axis]), high[axis]) for axis, side in enumerate(size)) for size in SIZES]
+    return tuple(dict.fromkeys((low, limits.opt, *((n, height, width) for n, height, width in near))))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: NAME_inpainted.EXT]")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime", "openvino", "pytorch"]),
+    type=click.Choice(["auto", "onnxruntime", "openvino", "pytorch", "tensorrt"]),
     default="auto",
     show_default=True,
     help="What runs the model; auto takes the fastest that is installed and says which.",
@@ -107,9 +107,10 @@ def main(
 ) -> int:
     """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
 
-    MODEL is an .onnx file or a checkpoint. IMAGE is a picture, or a folder of pictures with MASK one mask for all or a
-    folder of masks with the same names (x.png, or x_mask001.png). Format, profile, EXIF, alpha and every pixel outside
-    the holes stay as they are. Nothing is overwritten without --force, except the file that -o names.
+    MODEL is an .onnx file, an engine (.plan) or a checkpoint. IMAGE is a picture, or a folder of pictures with MASK one
+    mask for all or a folder of masks with the same names (x.png, or x_mask001.png). Format, profile, EXIF, alpha and
+    every pixel outside the holes stay as they are. Nothing is overwritten without --force, except the file that -o
+    names.
 
     \b
     Example:

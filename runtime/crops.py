@@ -253,3 +253,10 @@ def _reduced(size: Size, working_size: int, slack: float) -> Size:
         return size
     scale = working_size / math.sqrt(height * width)
     return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def fit(size: Size, largest: Size) -> Size:
+    """Return the size, reduced in proportion until neither side is longer than `largest` allows."""
+    height, width = size
+    scale = min(1.0, largest[0] / height, largest[1] / width)
+    return (height, width) if scale == 1 else (max(1, int(height * scale)), max(1, int(width * scale)))

@@ -116,7 +116,7 @@ def write_engine(plan: Path, data: Any, info: EngineInfo) -> None:
 def read_info(plan: Path) -> EngineInfo:
     """Return the side-car of a plan, after comparing it with the plan's bytes.
 
-    Raises EnvironmentMismatch: no side-car. MisfError: not a plan, a plan that is cut off or another, a damaged side-car.
+    Raises EnvironmentMismatch: no side-car. MisfError: not a plan, a plan cut off or another, a damaged side-car.
     """
     with plan.open("rb") as file:
         magic = file.read(4)

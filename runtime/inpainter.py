@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +17,8 @@ from ..plugins.cli_support import one_line
 from ..plugins.errors import MisfError
 from .backends import Backend, open_backend
 from .canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
-from .crops import Crop, Mask, Size, chosen_strategy, plan_crops
+from .crops import Crop, Mask, Size, chosen_strategy, fit, plan_crops
+from .engine_info import Limits
 from .masks import check_mask, mask_from_array, mask_from_image
 from .memory import available_bytes, least_bytes
 
@@ -41,10 +42,10 @@ class FillReport:
 class Inpainter:
     """A model ready to fill holes.
 
-    model: an .onnx file or a checkpoint. strategy: "crop" runs the model around each hole, "resize" on the whole
-    picture reduced to the working size, "original" on the whole picture as it is; "auto" is original for a picture of
-    about the working size or less, else crop. working_size: the model sees about working_size x working_size pixels at
-    a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's side. backend, device,
+    model: an .onnx file, an engine or a checkpoint. strategy: "crop" runs the model around each hole, "resize" on the
+    whole picture reduced to the working size, "original" on the whole picture as it is; "auto" is original for a
+    picture of about the working size or less, else crop. working_size: the model sees about working_size x
+    working_size pixels at a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's side. backend, device,
     precision, threads: see `open_backend`.
 
         inpaint = Inpainter("best.onnx")
@@ -66,6 +67,7 @@ class Inpainter:
         plan_crops(np.zeros((1, 1), np.bool_), strategy, working_size, margin)  # a bad setting ends here, at once
         self.strategy, self.working_size, self.margin = strategy, working_size, margin
         self.backend: Backend = open_backend(model, backend, device, precision, threads)
+        self._limits: Limits | None = getattr(self.backend, "limits", None)
 
     def inpaint(self, image: Picture_, mask: Any) -> Picture_:
         """Return the picture with its holes filled, as the kind that came; pixels outside the hole are equal.
@@ -90,7 +92,7 @@ class Inpainter:
     def fill(self, canvas: Canvas, hole: Mask, progress: Callable[[int, int], None] | None = None) -> FillReport:
         """Fill the holes of a canvas in place and return how; `progress` is told crops done and crops in all."""
         check_mask(hole, canvas.size)
-        crops = plan_crops(hole, self.strategy, self.working_size, self.margin)
+        crops = self._within_limits(plan_crops(hole, self.strategy, self.working_size, self.margin))
         if len(crops) > MANY_CROPS:
             log.info("%d crops: many holes, or a long one, at native resolution", len(crops))
         waiting = hole.copy() if len(crops) > 1 else hole  # not filled yet: later crops see what earlier ones filled
@@ -108,10 +110,28 @@ class Inpainter:
         strategy = chosen_strategy(self.strategy, canvas.size, self.working_size)
         return FillReport(strategy, len(crops), int(np.count_nonzero(hole)), seconds)
 
+    def _within_limits(self, crops: list[Crop]) -> list[Crop]:
+        """Return the crops, seen smaller where the model, an engine, does not take their size."""
+        if self._limits is None:
+            return crops
+        largest = self._limits.max[1:]
+        fitted = [replace(crop, size=fit(crop.size, largest)) for crop in crops]
+        reduced = [(old, new) for old, new in zip(crops, fitted, strict=True) if old.size != new.size]
+        if reduced:
+            (old, new), (height, width) = reduced[0], largest
+            log.warning(
+                "the engine takes up to %dx%d pixels (height x width): %d of %d crops are seen smaller, such as %dx%d "
+                "at %dx%d; build one that takes more with misf-build --max-shape",
+                *(height, width, len(reduced), len(crops), *old.size, *new.size),
+            )
+        return fitted
+
     def _predict(self, rgb: Pixels, hole: Mask) -> Pixels:
         """Return the model's finished picture for float32 H,W,3 and bool H,W."""
         height, width = hole.shape
         below, right = -height % self.backend.multiple, -width % self.backend.multiple
+        if self._limits is not None:
+            below, right = max(below, self._limits.min[1] - height), max(right, self._limits.min[2] - width)
         if below or right:
             rgb = np.pad(rgb, ((0, below), (0, right), (0, 0)), "symmetric")
             hole = np.pad(hole, ((0, below), (0, right)), "symmetric")

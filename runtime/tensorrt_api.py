@@ -86,7 +86,7 @@ def load_flavor(name: str = "auto") -> Flavor:
 
 def make_logger(flavor: Flavor) -> Any:
     """Return a TensorRT logger that writes to our log and keeps its errors in the list `errors`."""
-    trt = flavor.module
+    trt: Any = flavor.module
     levels = {
         trt.ILogger.Severity.INTERNAL_ERROR: logging.DEBUG,  # told by who asked, as one line: see `reason`
         trt.ILogger.Severity.ERROR: logging.DEBUG,
@@ -112,7 +112,7 @@ def reason(logger: Any) -> str:
     if not logger.errors:
         return "it gave no reason"
     text = " ".join(str(logger.errors[-1]).split())
-    text = re.sub(r"^(\[?\w+\]?: )?Error Code \d+: (\w[\w ]*) \((.*)\)$", r"\3", text)
+    text = re.sub(r"^(.*: )?Error Code \d+: [\w ]+ \((.*)\)$", r"\2", text)
     text = re.sub(r"^(In|Error in) \S+ at \S+:\d+:?\s*", "", text)
     return text[:400]
 

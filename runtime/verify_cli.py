@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
     """HxW or NxHxW."""
 
     name = "[Nx]HxW"
@@ -43,7 +43,7 @@ class Size(click.ParamType):
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of photographs to compare on.  [default: four shipped ones]",
 )
-@click.option("--backend", default="auto", help="What runs the model: auto, onnxruntime, openvino or pytorch.")
+@click.option("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or pytorch.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
 @click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
 @click.option("--min-psnr", type=float, help="Least PSNR in the hole, dB.  [default: fp16: 50, bf16: 45]")
@@ -103,7 +103,7 @@ def _compare_all(
     if made_of != loaded.sha256:
         log.warning("the model was exported from another checkpoint (sha256 %s...), not %s", made_of[:12], checkpoint)
     reference = accuracy.torch_reference(build_model(loaded))
-    cases = accuracy.cases(photographs, sizes or accuracy.SIZES)
+    cases = accuracy.cases(photographs, sizes or accuracy.default_sizes(getattr(inpaint, "limits", None)))
     return [accuracy.compare(inpaint, reference, *case) for case in cases]
 
 

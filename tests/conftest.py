@@ -57,3 +57,16 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
     export_onnx(load_checkpoint(tiny_checkpoint), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an engine of TensorRT for RTX, really built, for 1 to 2 pictures of 32x40 to 96x128."""
+    pytest.importorskip("tensorrt_rtx")
+    from misf.export.engine import EngineOptions, build_engine
+    from misf.runtime.engine_info import Limits
+
+    path = tmp_path_factory.mktemp("engine") / "tiny.plan"
+    limits = Limits((1, 32, 40), (2, 64, 64), (2, 96, 128))
+    build_engine(tiny_onnx, path, EngineOptions(backend="tensorrt-rtx", limits=limits))
+    return path

@@ -4,7 +4,7 @@
     .onnx                      onnxruntime   CPU, NVIDIA GPU with onnxruntime-gpu
     .onnx                      openvino      CPU (extra `openvino`); bfloat16 where the processor has it
     .safetensors .pt .pth      pytorch       CPU, NVIDIA GPU (extra `export`): the reference
-    .plan .engine .trt         TensorRT      not in this version
+    .plan .engine .trt         tensorrt      NVIDIA GPU: an engine of misf-build, on TensorRT or TensorRT for RTX
 
 For an ONNX file `auto` takes the GPU where ONNX Runtime has one, else OpenVINO where installed, else ONNX Runtime.
 """
@@ -27,7 +27,7 @@ from ...plugins.errors import EnvironmentMismatch, MisfError
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "onnxruntime", "openvino", "pytorch")
+BACKENDS = ("auto", "onnxruntime", "openvino", "pytorch", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 CHECKPOINTS = (".safetensors", ".pt", ".pth")
 ENGINES = (".plan", ".engine", ".trt")
@@ -37,7 +37,7 @@ Tensor = NDArray[np.float32]
 class Backend(Protocol):
     """A model, loaded and ready."""
 
-    name: str  # "onnxruntime", "openvino" or "pytorch"
+    name: str  # "onnxruntime", "openvino", "pytorch", "tensorrt" or "tensorrt-rtx"
     device: str  # "cpu" or "cuda:N": where it really runs
     precision: str  # "fp32", "fp16" or "bf16": what it really computes in
     multiple: int  # the sides of a picture must be multiples of this
@@ -71,8 +71,14 @@ def open_backend(
     _check_file(path)
     suffix = path.suffix.lower()
     if suffix in ENGINES:
-        raise EnvironmentMismatch(f"{path} is a TensorRT engine, which this version cannot run: give the .onnx file")
-    if suffix in CHECKPOINTS:
+        if backend not in ("auto", "tensorrt"):
+            raise ValueError(f"{path} is a TensorRT engine, which {backend} cannot run: give the .onnx file instead")
+        from .tensorrt import TensorRtBackend
+
+        opened: Backend = TensorRtBackend(path, device, precision)
+    elif backend == "tensorrt":
+        raise ValueError(f"{path} is no engine: build one of an .onnx file with misf-build, and run that")
+    elif suffix in CHECKPOINTS:
         if backend not in ("auto", "pytorch"):
             raise ValueError(f"{path} is a checkpoint, which {backend} cannot run: export it with misf-export first")
         opened = _open_pytorch(path, device, precision, threads)

@@ -168,11 +168,12 @@ class CudaRuntime:
 
     def end_capture(self, stream: int) -> int:
         """Return the recorded work as a graph that can be launched again and again."""
-        graph = self._made("cudaStreamEndCapture", stream)
+        graph = c_void_p()
+        self._call("cudaStreamEndCapture", stream, byref(graph))
         try:
-            return self._made("cudaGraphInstantiateWithFlags", graph, 0)
+            return self._made("cudaGraphInstantiateWithFlags", graph.value, 0)
         finally:
-            self._call("cudaGraphDestroy", graph)
+            self._call("cudaGraphDestroy", graph.value)
 
     def abandon_capture(self, stream: int) -> None:
         """End a capture that failed, and forget the error that it left."""
