@@ -1,0 +1,160 @@
+"""How a network is trained: every number of a run, saved with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .config import NetworkConfig
+
+SCHEDULES = ("constant", "cosine")
+ADVERSARIAL = ("nsgan", "lsgan", "hinge")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "none": {"feature_filter_level": 0, "image_filter": False},
+    "image": {"feature_filter_level": 0, "image_filter": True},
+    "semantic-1": {"feature_filter_level": 1, "image_filter": False},
+    "semantic-2": {"feature_filter_level": 2, "image_filter": False},
+    "semantic-3": {"feature_filter_level": 3, "image_filter": False},
+    "both": {"feature_filter_level": 3, "image_filter": True},
+}
+"""Which filters a network has (arXiv 2203.06304, table 4): NetworkConfig fields to replace."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Every number of a training run; the defaults are the paper's recipe (arXiv 2203.06304, section 4.1).
+
+    A weight of 0 switches a loss, and what only it needs, off.
+    """
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    seed: int = 0
+    steps: int = 450_000
+    batch: int = 8
+    """Samples per step, over all processes and accumulated passes."""
+    accumulate: int = 1
+    """Passes per step: the batch is worked off in so many parts, for less memory."""
+    crop: int = 256
+    zoom_out: float = 1.0
+    whole: bool = False
+
+    l1: float = 1.0
+    """L1 over the whole prediction, divided by the mask's mean."""
+    hole: float = 0.0
+    """L1 in the hole, with its square and that of its 4x4 means: `losses.hole_loss`."""
+    hole_squared: float = 4.0
+    hole_coarse: float = 0.5
+    relative: bool = False
+    """Each sample's hole loss is divided by that of the smooth fill: easy and hard pictures count alike."""
+    known: float = 0.0
+    """L1 outside the hole."""
+    adversarial: float = 0.1
+    adversarial_kind: str = "nsgan"
+    perceptual: float = 0.1
+    style: float = 250.0
+    feature_matching: float = 0.0
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.9)
+    weight_decay: float = 0.0
+    discriminator_rate: float = 0.1
+    """The discriminator's learning rate as a share of the generator's."""
+    clip: float = 0.0
+    """The generator's gradients are scaled down to this norm; 0 leaves them."""
+    schedule: str = "constant"
+    warm_up: int = 0
+    """Steps over which the learning rate rises to its value."""
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        whole = {"steps": self.steps, "batch": self.batch, "accumulate": self.accumulate, "crop": self.crop}
+        for name, value in whole.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch must divide by accumulate, got {self.batch} and {self.accumulate}")
+        if self.crop < self.network.minimum_side or self.crop % self.network.multiple:
+            raise ValueError(
+                f"crop must be a multiple of {self.network.multiple} and at least {self.network.minimum_side} for this "
+                f"network, got {self.crop}"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.adversarial_kind not in ADVERSARIAL:
+            raise ValueError(f"adversarial_kind must be one of {', '.join(ADVERSARIAL)}, got {self.adversarial_kind!r}")
+        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+            raise ValueError(f"loss weights must not be negative, nor all 0, got {self.weights}")
+        if self.feature_matching and not self.adversarial:
+            raise ValueError("feature_matching compares the discriminator's features: it needs adversarial above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every loss of the generator, by name."""
+        names = ("l1", "hole", "known", "adversarial", "perceptual", "style", "feature_matching")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def needs_vgg(self) -> bool:
+        """Whether VGG-19's features are compared."""
+        return self.perceptual > 0 or self.style > 0
+
+    def rate(self, step: int) -> float:
+        """Return the generator's learning rate for step `step`, counted from 0."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warm_up + 1))
+        if self.schedule == "cosine":
+            rate *= 0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1.0))
+        return rate
+
+    def without_vgg(self) -> TrainingConfig:
+        """Return the recipe for those without VGG's weights: the discriminator's features take their place.
+
+        The discriminator is there anyway, sees the same pictures, and its features are a learned measure of detail
+        (pix2pixHD, arXiv 1711.11585, uses them so, with this weight); L1 of 4x4 means holds the colours of large holes.
+        """
+        return replace(self, perceptual=0.0, style=0.0, feature_matching=10.0 * self.adversarial, hole=1.0)
+
+    def to_json(self) -> str:
+        """Return the recipe as a JSON object, the network's config within."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingConfig:
+        """Return the recipe saved by `to_json`; ValueError for anything else."""
+        try:
+            values = json.loads(text)
+            network = NetworkConfig.from_json(json.dumps(values.pop("network")))
+            unknown = sorted(set(values) - {item.name for item in fields(cls)})
+            if unknown:
+                raise ValueError(f"unknown keys {', '.join(unknown)}: was it written by a newer misf?")
+            return cls(network=network, **values)
+        except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a training config of misf: {error}") from error
+
+
+RECIPES: dict[str, TrainingConfig] = {
+    "paper": TrainingConfig(),
+    "fidelity": TrainingConfig(
+        steps=20_000,
+        crop=192,
+        l1=0.0,
+        hole=1.0,
+        hole_squared=1.0,
+        relative=True,
+        known=0.5,
+        adversarial=0.0,
+        perceptual=0.0,
+        style=0.0,
+        learning_rate=8e-4,
+        betas=(0.9, 0.99),
+        weight_decay=1e-4,
+        clip=5.0,
+        schedule="cosine",
+        warm_up=60,
+    ),
+}
+"""`paper`: Places2 or CelebA, days on a GPU. `fidelity`: no adversary, PSNR and SSIM first; misf-small's."""

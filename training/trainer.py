@@ -1,0 +1,385 @@
+"""The training loop, on Lightning Fabric: CPU, one GPU, or several processes that torchrun started.
+
+Every random choice is a function of the seed and the sample's number, every rate of the step's: so a run is
+reproducible, and a state file needs to hold no more than weights, optimizers and the step to go on exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ..plugins.errors import MisfError
+from . import losses
+from .checkpoint import save_checkpoint
+from .dataset import TrainingSamples
+from .discriminator import PatchDiscriminator
+from .network import InpaintingNetwork, composite, initialize, network_input, smooth_fill
+from .recipe import TrainingConfig
+from .run_files import RunFolder, RunLog
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]
+Numbers = dict[str, Tensor]
+
+
+def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
+    """Return a launched Fabric for this process: alone, or one of those that torchrun started.
+
+    Args:
+        device: auto (a GPU where there is one), cpu or cuda.
+        precision: 32-true or bf16-mixed.
+
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MisfError("--device cuda: no NVIDIA GPU that this PyTorch can use; leave it out, or install a CUDA build")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    fabric = Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=world // local,
+        precision=precision,  # type: ignore[arg-type]
+        strategy=DDPStrategy() if world > 1 else "auto",
+    )
+    fabric.launch()
+    return fabric
+
+
+class StepSampler(Sampler[int]):
+    """The sample numbers of one process, from step `start` to the end: a slice of each step's batch."""
+
+    def __init__(self, config: TrainingConfig, start: int, rank: int, world: int) -> None:
+        if config.batch % (config.accumulate * world):
+            raise ValueError(
+                f"batch must divide by accumulate x processes, got {config.batch}, {config.accumulate} and {world}"
+            )
+        self.config, self.start, self.rank, self.world = config, start, rank, world
+        self.part = config.batch // (config.accumulate * world)
+
+    def __len__(self) -> int:
+        return (self.config.steps - self.start) * self.config.accumulate * self.part
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.start, self.config.steps):
+            for turn in range(self.config.accumulate):
+                first = step * self.config.batch + (turn * self.world + self.rank) * self.part
+                yield from range(first, first + self.part)
+
+
+class Trainer:
+    """A run: both networks, their optimizers, the averaged weights, and the step it has reached.
+
+    Args:
+        config: the recipe.
+        fabric: from `make_fabric`.
+        vgg: frozen VGG-19, when the recipe compares its features.
+        weights: what the generator starts from, instead of random weights.
+
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        fabric: Fabric,
+        *,
+        vgg: losses.Vgg19 | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        if config.needs_vgg and vgg is None:
+            raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_URL} with --vgg19")
+        self.config, self.fabric, self.step = config, fabric, 0
+        self.channels_last = torch.channels_last
+        torch.manual_seed(config.seed)
+        network = InpaintingNetwork(config.network)
+        initialize(network)
+        if weights is not None:
+            network.load_state_dict(weights)
+        network = network.to(memory_format=self.channels_last)  # type: ignore[call-overload]
+        self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
+        optimizer = torch.optim.AdamW(
+            network.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.generator, self.optimizer = fabric.setup(network, optimizer)
+        self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.channels_last))  # type: ignore[call-overload]
+        self.discriminator: Any = None
+        if config.adversarial:
+            judge = PatchDiscriminator().to(memory_format=self.channels_last)  # type: ignore[call-overload]
+            rate = config.learning_rate * config.discriminator_rate
+            judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas)
+            self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
+
+    def batches(self, samples: TrainingSamples, workers: int = 0) -> Iterator[Batch]:
+        """Yield this process's part of every batch from the present step on, one per accumulated pass."""
+        sampler = StepSampler(self.config, self.step, self.fabric.global_rank, self.fabric.world_size)
+        loader = DataLoader(
+            samples,
+            batch_size=sampler.part,
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=self.fabric.device.type == "cuda",
+            generator=torch.Generator(),  # its own: the loader's draw must not touch the run's random numbers
+        )
+        for image, mask in loader:
+            image = image.to(self.fabric.device, memory_format=self.channels_last, non_blocking=True)
+            yield image, mask.to(self.fabric.device, non_blocking=True)
+
+    def train_step(self, batches: Iterator[Batch]) -> Numbers:
+        """Make one step of both networks on the next `accumulate` batches; return its losses, as yet unread."""
+        config = self.config
+        for optimizer, share in self._optimizers():
+            optimizer.param_groups[0]["lr"] = config.rate(self.step) * share
+            optimizer.zero_grad(set_to_none=True)
+        totals: Numbers = {}
+        for turn in range(config.accumulate):
+            for name, value in self._pass(*next(batches), last=turn == config.accumulate - 1).items():
+                value = value.detach() / config.accumulate
+                totals[name] = totals[name] + value if name in totals else value
+        if config.clip:
+            norm = self.fabric.clip_gradients(self.generator, self.optimizer, max_norm=config.clip)
+            assert norm is not None
+            totals["gradient"] = norm
+        for optimizer, _ in self._optimizers():
+            optimizer.step()
+        self.step += 1
+        self._update_average()
+        return totals
+
+    def _optimizers(self) -> Iterator[tuple[Any, float]]:
+        yield self.optimizer, 1.0
+        if self.discriminator is not None:
+            yield self.discriminator_optimizer, self.config.discriminator_rate
+
+    def _pass(self, image: Tensor, mask: Tensor, *, last: bool) -> Numbers:
+        """Add the gradients of one batch to both networks: one forward of the generator, two of the discriminator."""
+        share = 1 / self.config.accumulate
+        with self._no_sync(self.generator, not last):
+            prediction = self.generator(image, mask)
+            found: Numbers = {}
+            real_features = None
+            if self.discriminator is not None:
+                found["discriminator"], real_features = self._judge(prediction.detach(), image, share, last)
+            with self.fabric.autocast():
+                terms = self._generator_terms(prediction, image, mask, real_features)
+            weights = self.config.weights
+            total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+            self.fabric.backward(total * share)
+        return {**found, **terms, "total": total}
+
+    def _judge(self, fake: Tensor, image: Tensor, share: float, last: bool) -> tuple[Tensor, list[Tensor]]:
+        """Add the discriminator's gradients, true and predicted in one batch; return its loss, features of the true."""
+        with self._no_sync(self.discriminator, not last):
+            scores, features = self.discriminator(torch.cat([image, fake]))
+            of_image, of_fake = scores.chunk(2)
+            kind = self.config.adversarial_kind
+            loss = losses.adversarial_loss(of_image, True, kind) + losses.adversarial_loss(of_fake, False, kind)
+            self.fabric.backward(loss / 2 * share)
+        return loss / 2, [layer.chunk(2)[0].detach() for layer in features]
+
+    def _generator_terms(
+        self, prediction: Tensor, image: Tensor, mask: Tensor, real_features: list[Tensor] | None
+    ) -> Numbers:
+        """Return the recipe's losses of the generator by name, unweighted."""
+        config, terms = self.config, {}
+        prediction = prediction.float()
+        if config.l1:
+            terms["l1"] = losses.l1_over_mask(prediction, image, mask)
+        if config.hole:
+            with torch.no_grad():
+                baseline = smooth_fill(network_input(image, mask)) if config.relative else None
+            terms["hole"] = losses.hole_loss(
+                prediction, image, mask, squared=config.hole_squared, coarse=config.hole_coarse, baseline=baseline
+            )
+        if config.known:
+            terms["known"] = losses.known_loss(prediction, image, mask)
+        if real_features is not None:
+            terms |= self._passing_for_real(prediction, real_features)
+        if self.vgg is not None:
+            with torch.no_grad():
+                of_image = self.vgg(image)
+            of_prediction = self.vgg(prediction)
+            terms["perceptual"] = losses.perceptual_loss(of_prediction, of_image)
+            terms["style"] = losses.style_loss(of_prediction, of_image)
+        return terms
+
+    def _passing_for_real(self, prediction: Tensor, real_features: list[Tensor]) -> Numbers:
+        """Return the losses that the discriminator gives the generator; only the prediction gets gradients.
+
+        The bare module: under DDP its wrapper would wait for gradients. In eval mode its weights' norms stand still.
+        """
+        judge = self.discriminator.module
+        judge.eval().requires_grad_(False)
+        scores, features = judge(prediction)
+        judge.train().requires_grad_(True)
+        kind = self.config.adversarial_kind
+        terms = {"adversarial": losses.adversarial_loss(scores, True, kind, for_generator=True)}
+        if self.config.feature_matching:
+            terms["feature_matching"] = losses.feature_matching_loss(features, real_features)
+        return terms
+
+    def _no_sync(self, module: Any, enabled: bool) -> Any:
+        """Leave the exchange of gradients between processes to the last of the accumulated passes."""
+        if self.fabric.world_size == 1:
+            return nullcontext()
+        return self.fabric.no_backward_sync(module, enabled=enabled)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # Ramped, or the random start would linger for thousands of steps.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        pairs = list(zip(self.average.parameters(), self.generator.module.parameters(), strict=True))
+        torch._foreach_lerp_([mean for mean, _ in pairs], [now for _, now in pairs], 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that another process needs to go on exactly here."""
+        state = {
+            "config": self.config.to_json(),
+            "step": self.step,
+            "generator": self.generator.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.module.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, of a run with the same recipe."""
+        if TrainingConfig.from_json(state["config"]) != self.config:
+            raise ValueError("the state belongs to a run with another recipe")
+        self.step = state["step"]
+        self.generator.module.load_state_dict(state["generator"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.module.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        torch.set_rng_state(state["random"])
+
+    def save(self, folder: RunFolder) -> None:
+        """Write state and averaged weights, from the first process only."""
+        if self.fabric.is_global_zero:
+            folder.write_state(self.state())
+            self.save_weights(folder.weights)
+
+    def save_weights(self, path: os.PathLike[str]) -> None:
+        """Write the averaged weights as a checkpoint that misf-export and misf-eval read."""
+        save_checkpoint(path, self.config.network, self.average.state_dict(), self.step)
+
+    @torch.no_grad()
+    def filled(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the finished pictures N,3,H,W that the averaged weights make."""
+        return composite(image, self.average(image, mask).float(), mask)
+
+    def validate(self, cases: list[Batch]) -> float:
+        """Return the mean PSNR in dB of the finished pictures; each case is (image 1,3,H,W, mask 1,1,H,W)."""
+        values = []
+        for image, mask in cases:
+            error = self.filled(image, mask) - image
+            values.append(-10 * math.log10(max(float(error.square().mean()), 1e-10)))
+        return sum(values) / len(values)
+
+
+def train(
+    trainer: Trainer,
+    samples: TrainingSamples,
+    folder: RunFolder,
+    *,
+    workers: int = 0,
+    log_every: int = 50,
+    save_every: int = 500,
+    picture_every: int = 1000,
+    cases: list[Batch] | None = None,
+    progress: Callable[[int, str], None] = lambda _step, _text: None,
+) -> None:
+    """Train to the recipe's last step, from wherever the trainer is; files in `folder` as `run_files` says.
+
+    Args:
+        trainer: fresh, or with a state loaded.
+        samples: what to train on.
+        folder: written by the first process only.
+        workers: processes that prepare samples.
+        log_every, save_every, picture_every: in steps.
+        cases: what to validate on whenever the state is saved.
+        progress: called after every step with the step's number and a short text.
+
+    Raises MisfError when a loss is no longer a number; the last state on disk is from before.
+    """
+    config, first = trainer.config, trainer.fabric.is_global_zero
+    book = RunLog(folder, trainer.step) if first else None
+    shown = [tensor.to(trainer.fabric.device) for tensor in _stacked(samples, min(4, config.batch))]
+    best = _best_so_far(folder) if first else math.inf
+    batches, started, text = trainer.batches(samples, workers), time.perf_counter(), ""
+    since = trainer.step
+    while trainer.step < config.steps:
+        numbers = trainer.train_step(batches)
+        step = trainer.step
+        last = step == config.steps
+        saving = step % save_every == 0 or last
+        if saving or step % log_every == 0:
+            values = _read(trainer.fabric, numbers)
+            if not math.isfinite(values["total"]):
+                hint = f"lower the learning rate; {folder.path} holds the run as last saved"
+                raise MisfError(f"the loss is {values['total']} at step {step}: {hint}")
+            now = time.perf_counter()
+            images_per_s = (step - since) * config.batch / (now - started)
+            started, since = now, step
+            text = f"loss {values['total']:.4g}, {images_per_s:.1f} images/s"
+            if book is not None:
+                rate = config.rate(step - 1)
+                book.numbers(step, {**values, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
+                log.debug("step %d: %s", step, text)
+        if saving:
+            trainer.save(folder)
+            if cases and book is not None:
+                psnr_db = trainer.validate(cases)
+                book.numbers(step, {"val_psnr_db": psnr_db})
+                if psnr_db > best:
+                    best = psnr_db
+                    trainer.save_weights(folder.best)
+        if book is not None and (step % picture_every == 0 or last):
+            image, mask = shown
+            book.pictures(step, [torch.where(mask > 0.5, 1.0, image), trainer.filled(image, mask), image])
+        progress(step, text)
+    if book is not None:
+        book.close()
+    trainer.fabric.barrier()
+
+
+def _stacked(samples: TrainingSamples, count: int) -> Batch:
+    pairs = [samples.sample(index) for index in range(count)]
+    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+
+
+def _read(fabric: Fabric, numbers: Numbers) -> dict[str, float]:
+    """Return the numbers as floats, averaged over the processes."""
+    stacked = torch.stack([value.float().reshape(()) for value in numbers.values()])
+    reduced = fabric.all_reduce(stacked, reduce_op="mean")
+    assert isinstance(reduced, Tensor)
+    return dict(zip(numbers, reduced.tolist(), strict=True))
+
+
+def _best_so_far(folder: RunFolder) -> float:
+    """Return the best validation that the log knows of."""
+    import json
+
+    best = -math.inf
+    if folder.log.exists() and folder.best.exists():
+        for line in folder.log.read_text(encoding="utf-8").splitlines():
+            best = max(best, json.loads(line).get("val_psnr_db", best))
+    return best
