@@ -142,7 +142,8 @@ def _holes(rng: np.random.Generator, height: int, width: int) -> Array:
     ellipse = ((y - centre_y) / (0.22 * height)) ** 2 + ((x - centre_x) / (0.22 * width)) ** 2 <= 1
     top = int(rng.uniform(0, 0.9) * height)
     ellipse[top : top + max(1, height // 16)] = True
-    return ellipse[None].astype(np.float32)
+    holes: Array = ellipse[None].astype(np.float32)
+    return holes
 
 
 def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .engine_checks import EngineCheck, PluginCheck
+
     Array = NDArray[np.float32]
 
 # Distribution names, and what each is for.
@@ -35,6 +37,8 @@ PACKAGES = {
     "onnxscript": "export",
     "safetensors": "checkpoints",
     "tensorrt": "engines",
+    "tensorrt-cu12": "engines",
+    "tensorrt-cu13": "engines",
     "tensorrt-rtx-cu13": "engines for RTX GPUs",
 }
 OP_CHECK = Path(__file__).with_name("op_check.onnx")
@@ -213,7 +217,10 @@ def main(as_json: bool) -> int:
     Example:
         misf-doctor
     """
+    from .engine_checks import engine_checks, plugin_checks
+
     checks, about, installed = op_checks(), machine(), versions()
+    engines, plugins = engine_checks(OP_CHECK, *op_inputs(), expected_output(*op_inputs())), plugin_checks()
     if as_json:
         print_json(
             {
@@ -221,11 +228,15 @@ def main(as_json: bool) -> int:
                 "machine": about,
                 "packages": installed,
                 "op": [{**asdict(check), "ok": check.ok} for check in checks],
+                "engines": [{**asdict(engine), "ok": engine.ok} for engine in engines],
+                "plugins": [asdict(plugin) for plugin in plugins],
             }
         )
     else:
         _print(checks, about, installed)
-    return 0 if all(check.ok for check in checks) else FAILURE
+        _print_engines(engines, plugins)
+    fine = all(check.ok for check in checks) and all(engine.ok for engine in engines)
+    return 0 if fine and not any(plugin.problem for plugin in plugins) else FAILURE
 
 
 def _print(checks: list[OpCheck], about: dict[str, Any], installed: dict[str, str | None]) -> None:
@@ -240,4 +251,16 @@ def _print(checks: list[OpCheck], about: dict[str, Any], installed: dict[str, st
     for check in checks:
         verdict = f"ok, largest error {check.max_abs:.1e}" if check.ok else f"FAILED: {check.problem}"
         click.echo(f"  {check.backend:18} {verdict}")
-    click.echo("\nNot run in this version: TensorRT engines.")
+
+
+def _print_engines(engines: list[EngineCheck], plugins: list[PluginCheck]) -> None:
+    click.echo("\nEngines")
+    for engine in engines:
+        click.echo(f"  {engine.flavor:18} {engine.line()}")
+    if not engines:
+        click.echo("  neither TensorRT nor TensorRT for RTX is installed")
+    for plugin in plugins:
+        click.echo(f"  {'plugin library':18} {plugin.path} ({plugin.problem or plugin.about})")
+    if not plugins:
+        click.echo(f"  {'plugin library':18} none; misf-plugin build makes it (needs the CUDA toolkit)")
+    click.echo("\nTensorRT engines and the plugin were not yet run on a GPU by us: docs/gpu-status.md")

@@ -45,8 +45,8 @@ class Inpainter:
     model: an .onnx file, an engine or a checkpoint. strategy: "crop" runs the model around each hole, "resize" on the
     whole picture reduced to the working size, "original" on the whole picture as it is; "auto" is original for a
     picture of about the working size or less, else crop. working_size: the model sees about working_size x
-    working_size pixels at a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's side. backend, device,
-    precision, threads: see `open_backend`.
+    working_size pixels at a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's
+    side. backend, device, precision, threads: see `open_backend`.
 
         inpaint = Inpainter("best.onnx")
         result = inpaint(image, mask)

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from misf.plugins.errors import EnvironmentMismatch, MisfError
-from misf.runtime import Inpainter, tensorrt_api
+from misf.runtime import Inpainter, doctor, engine_checks, tensorrt_api
 from misf.runtime.backends import cudart, open_backend
 from misf.runtime.backends import tensorrt as backend_module
 from misf.runtime.backends.tensorrt import CACHED_SHAPES, TensorRtBackend
@@ -346,6 +346,60 @@ def test_an_engine_with_plugin_needs_its_library(
     with pytest.raises(MisfError, match="not a misf plugin library"):
         open_backend(plan)
     assert gpu.count("cudaMalloc") == 0
+
+
+class OpContext(FakeContext):
+    """The one-node model: features and taps in, output out."""
+
+    wrong_by = 0.0
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        places = {name: (self._addresses[name], shape) for name, shape in self._shapes.items()}
+
+        def work() -> None:
+            features, taps = (array_at(*places[name]) for name in ("features", "taps"))
+            result = doctor.expected_output(features, taps) + self.wrong_by
+            array_at(self._addresses["output"], features.shape)[...] = result
+
+        self._cudart.enqueue(work, stream_handle)
+        return True
+
+
+@pytest.mark.parametrize("wrong_by", [0.0, 0.01])
+def test_doctor_runs_the_filter_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch, wrong_by: float) -> None:
+    """Really built by TensorRT for RTX, run on the fake GPU; wrong numbers are a failure."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    library = FakeCudart()
+    monkeypatch.setattr(library, "holds", lambda _address, _size: True)  # memory that is not pinned will do here
+    context = OpContext(library, None)
+    context.wrong_by = wrong_by
+    engine = SimpleNamespace(create_execution_context=lambda: context)
+    monkeypatch.setattr(trt, "Runtime", lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _plan: engine))
+    monkeypatch.setattr(engine_checks, "_cuda", lambda: cudart.CudaRuntime(library))
+    features, taps = doctor.op_inputs()
+    checks = engine_checks.engine_checks(doctor.OP_CHECK, features, taps, doctor.expected_output(features, taps))
+    (check,) = (check for check in checks if check.flavor == "tensorrt-rtx")
+    assert check.built
+    assert check.ok == (wrong_by == 0)
+    assert ("ok, without plugin" if check.ok else "FAILED: wrong numbers: error 1.0e-02") in check.line()
+    assert not library.live
+
+
+def test_doctor_looks_into_plugin_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISF_HOME", str(tmp_path))
+    assert engine_checks.plugin_checks() == []
+    file = tmp_path / "plugins" / "libmisf_trt10.so"
+    file.parent.mkdir()
+    fields = {"misf": "1", "kind": "loadable", "tensorrt": "10.3", "cuda": "12060", "architectures": "87-real"}
+    file.write_bytes(b"\x7fELF... misf-plugin " + json.dumps(fields).encode() + b"\0")
+    (check,) = engine_checks.plugin_checks()
+    assert check.about == "TensorRT 10.3, CUDA 12.6, loadable, 87-real"
+    assert check.problem  # no library that the loader takes
+    (check,) = engine_checks.plugin_checks(load=lambda _: SimpleNamespace(getCreators=None))
+    assert check.problem is None
+    file.write_bytes(b"nonsense")
+    (check,) = engine_checks.plugin_checks()
+    assert "is not a misf plugin library" in (check.problem or "")
 
 
 def test_the_fake_has_the_interface_of_the_real_thing() -> None:

@@ -129,7 +129,7 @@ class TensorRtBackend:
                     raise MemoryError(f"out of memory on {self.device}") from error
                 raise
 
-    def _compute(self, shape: tuple[int, int, int], image: Any, mask: Any, on_gpu: bool) -> Any:
+    def _compute(self, shape: tuple[int, int, int], image: Any, mask: Any, on_gpu: bool) -> Tensor:
         run = self._run(shape)
         return run.on_gpu(image, mask) if on_gpu else run.on_cpu(image, mask)
 
