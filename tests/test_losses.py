@@ -181,7 +181,7 @@ def test_discriminator_sees_70_pixels_and_has_unit_norms() -> None:
 def test_feature_matching_reaches_only_the_prediction() -> None:
     a, b = torch.rand(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
     loss = losses.feature_matching_loss([a, a * 2], [b, b * 2])
-    assert float(loss) == pytest.approx(1.5 * float((a - b).abs().mean()))
+    assert loss.item() == pytest.approx(1.5 * (a - b).abs().mean().item())
     loss.backward()
     assert a.grad is not None
     assert b.grad is None

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 
 EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-ANY_TIME = ("output", "resume", "device", "workers", "log_every", "save_every", "picture_every")
+PACE = ("log_every", "save_every", "picture_every")
+ANY_TIME = ("output", "resume", "device", "workers", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 
 
@@ -84,6 +85,7 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     if resume:
         _refuse_changes()
         settings = folder.read_settings()
+        options |= {name: settings[name] for name in PACE if not _given(name)}
     else:
         if folder.exists:
             raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
@@ -94,16 +96,16 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     _run(folder, settings, options, resume)
 
 
+def _given(name: str) -> bool:
+    """Return whether the user gave the option."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def _refuse_changes() -> None:
-    context = click.get_current_context()
-    command_line = click.core.ParameterSource.COMMANDLINE
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name in context.params
-        and parameter.name not in ANY_TIME
-        and context.get_parameter_source(parameter.name) is command_line
-    ]
+    parameters = click.get_current_context().command.params
+    fixed = [parameter for parameter in parameters if parameter.name and parameter.name not in ANY_TIME]
+    given = [parameter.opts[0] for parameter in fixed if parameter.name and _given(parameter.name)]
+    given = [option for option in given if option not in ("-v", "-q", "--version")]
     if given:
         raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}")
 
@@ -125,7 +127,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "invert_mask": options["invert_mask"],
         "mask_threshold": options["mask_threshold"],
         "official": options["official"],
-        "precision": options["precision"],
+        **{name: options[name] for name in ("precision", *PACE)},
     }
 
 

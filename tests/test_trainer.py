@@ -1,0 +1,351 @@
+"""Training: exact resumption after a kill, processes, determinism, bad data, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import Tensor
+
+pytest.importorskip("lightning_fabric")
+
+from misf.plugins.errors import MisfError
+from misf.training import PRESETS, NetworkConfig, load_model
+from misf.training.cli import main
+from misf.training.dataset import Pictures, TrainingSamples, picture_paths
+from misf.training.masks import RandomMasks
+from misf.training.network import composite
+from misf.training.recipe import ABLATIONS, RECIPES, TrainingConfig
+from misf.training.run_files import RunFolder
+from misf.training.trainer import StepSampler, Trainer, make_fabric, train
+
+TINY = NetworkConfig(width=4, prediction_width=4, prediction_convs=1, residual_dilations=(2,))
+QUICK = ["--config", "misf-tiny", "--crop", "32", "--batch", "2", "--log-every", "1", "--save-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parts of the two photographs that scikit-image's wheel carries, as a folder of PNG files."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "coffee"):
+        picture = getattr(data, name)()
+        for part in range(4):
+            top, left = 100 * (part // 2), 150 * (part % 2)
+            Image.fromarray(picture[top : top + 200, left : left + 200]).save(folder / f"{name}{part}.png")
+    return folder
+
+
+def samples(folder: Path, config: TrainingConfig) -> TrainingSamples:
+    return TrainingSamples(Pictures(picture_paths(folder)), RandomMasks(), crop=config.crop, seed=config.seed)
+
+
+def tiny_recipe(**changes: Any) -> TrainingConfig:
+    recipe = RECIPES["paper"].without_vgg()
+    return replace(recipe, **{"network": TINY, "steps": 4, "batch": 4, "crop": 32, **changes})
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "misf.training.cli", *map(str, arguments)]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in the same order here as in the processes that tests start."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str | Path) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+
+
+def same_state(a: Any, b: Any, where: str = "state") -> None:
+    """Compare two state files' contents bit for bit."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            same_state(a[name], b[name], f"{where}.{name}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            same_state(*pair, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def test_killed_and_resumed_is_as_never_stopped(photographs: Path, tmp_path: Path) -> None:
+    arguments = ("--data", photographs, *QUICK, "--steps", "16", "--device", "cpu")
+    run(*arguments, "--output", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(*arguments, "--output", killed), env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not ((killed / "log.jsonl").exists() and len((killed / "log.jsonl").read_text().splitlines()) >= 5):
+        assert process.poll() is None and time.monotonic() < deadline  # noqa: PT018
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = torch.load(killed / "state.pt", weights_only=True)["step"]
+    assert 0 < reached < 16
+    run("--resume", "--output", killed)
+    assert log_of(killed) == log_of(tmp_path / "whole")
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (killed, tmp_path / "whole")]
+    assert states[0]["step"] == 16
+    same_state(*states)
+    leftovers = [path.name for path in killed.iterdir() if path.name.startswith(".") and "state" not in path.name]
+    assert not leftovers
+
+
+def test_two_processes_compute_what_one_does(photographs: Path, tmp_path: Path) -> None:
+    arguments = ("--data", photographs, *QUICK, "--steps", "3", "--batch", "4", "--device", "cpu")
+    run(*arguments, "--output", tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            command(*arguments, "--output", tmp_path / "two"),
+            env={**ONE_THREAD, **group, **torchrun, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    for alone, together in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert alone == pytest.approx(together, rel=1e-4)
+    # Not weight by weight: a bias before an instance norm has no gradient but rounding, of which Adam makes full steps.
+    image, mask = samples(photographs, tiny_recipe()).sample(5)
+    with torch.no_grad():
+        one, two = (load_model(tmp_path / name / "ema.safetensors")(image[None], mask[None]) for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+
+
+def test_every_sample_is_used_once_however_the_work_is_split() -> None:
+    config = tiny_recipe(steps=5, batch=12)
+    whole = list(StepSampler(config, 0, 0, 1))
+    assert whole == list(range(60))
+    for accumulate, world in ((2, 1), (1, 3), (2, 3)):
+        parts = [list(StepSampler(replace(config, accumulate=accumulate), 2, rank, world)) for rank in range(world)]
+        per_step = 12 // world
+        for step in range(3):
+            used = sorted(n for part in parts for n in part[step * per_step : (step + 1) * per_step])
+            assert used == whole[12 * (step + 2) : 12 * (step + 3)]
+        assert all(len(part) == len(StepSampler(replace(config, accumulate=accumulate), 2, 0, world)) for part in parts)
+    with pytest.raises(ValueError, match="divide"):
+        StepSampler(config, 0, 0, 5)
+
+
+def losses_of(config: TrainingConfig, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    trainer = Trainer(config, make_fabric("cpu"))
+    batches = trainer.batches(samples(folder, config))
+    found = [float(trainer.train_step(batches)["total"]) for _ in range(config.steps)]
+    return found, trainer.average.state_dict()
+
+
+def test_a_seed_decides_everything_and_accumulation_nothing(photographs: Path) -> None:
+    torch.manual_seed(99)
+    first, weights = losses_of(tiny_recipe(), photographs)
+    torch.manual_seed(7)
+    second, again = losses_of(tiny_recipe(), photographs)
+    assert first == second
+    same_state(dict(weights), dict(again))
+    other, _ = losses_of(tiny_recipe(seed=1), photographs)
+    assert other != first
+    # Without the discriminator, whose norms advance with every pass, accumulation is only another order of sums.
+    plain = {"adversarial": 0.0, "feature_matching": 0.0}
+    at_once, _ = losses_of(tiny_recipe(**plain), photographs)
+    in_parts, _ = losses_of(tiny_recipe(accumulate=4, **plain), photographs)
+    assert in_parts == pytest.approx(at_once, rel=1e-3)
+
+
+def test_one_step_is_adams_on_the_weighted_sum(photographs: Path) -> None:
+    """The first step and its average, by hand: Adam with betas (0, 0.9) moves every weight by the rate."""
+    config = tiny_recipe(steps=1, adversarial=0.0, feature_matching=0.0, learning_rate=1e-3)
+    trainer = Trainer(config, make_fabric("cpu"))
+    before = {name: tensor.clone() for name, tensor in trainer.generator.module.state_dict().items()}
+    numbers = trainer.train_step(trainer.batches(samples(photographs, config)))
+    assert float(numbers["total"]) == pytest.approx(float(numbers["l1"] + numbers["hole"]))
+    for name, parameter in trainer.generator.module.named_parameters():
+        assert parameter.grad is not None, name
+        moved = parameter.detach() - before[name]
+        expected = -1e-3 * parameter.grad / (parameter.grad.abs() + 1e-8)
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6, msg=name)
+        average = before[name] + moved * (1 - 2 / 11)
+        torch.testing.assert_close(trainer.average.state_dict()[name], average, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_generator_and_discriminator_learn_apart(photographs: Path) -> None:
+    """The generator's loss leaves no gradient in the discriminator, nor the discriminator's in the generator."""
+    config = tiny_recipe(l1=0.0, hole=0.0, feature_matching=0.0, adversarial=1.0)
+    trainer = Trainer(config, make_fabric("cpu"))
+    image, mask = next(trainer.batches(samples(photographs, config)))
+    trainer._pass(image, mask, last=True)
+    torch.manual_seed(0)
+    judge = Trainer(config, make_fabric("cpu"))
+    prediction = judge.generator(image, mask).detach()
+    scores, _ = judge.discriminator(torch.cat([image, prediction]))
+    real, fake = scores.chunk(2)
+    by_hand = (torch.nn.functional.softplus(-real).mean() + torch.nn.functional.softplus(fake).mean()) / 2
+    by_hand.backward()
+    for (name, ours), theirs in zip(
+        trainer.discriminator.module.named_parameters(), judge.discriminator.module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_rates() -> None:
+    cosine = tiny_recipe(steps=100, schedule="cosine", warm_up=9, learning_rate=1.0)
+    assert cosine.rate(0) == pytest.approx(0.1)
+    assert cosine.rate(9) == pytest.approx(0.98, abs=0.005)
+    assert cosine.rate(50) == pytest.approx(0.5)
+    assert cosine.rate(99) < 0.001
+    assert tiny_recipe(learning_rate=2.0).rate(10**6) == 2.0
+
+
+def test_it_learns(photographs: Path, tmp_path: Path) -> None:
+    """From nothing to a better picture than the start's and than grey, in some hundred steps."""
+    config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"], relative=False)
+    config = replace(config, steps=200, batch=4, crop=32, learning_rate=3e-3)
+    trainer = Trainer(config, make_fabric("cpu"))
+    data = samples(photographs, config)
+    held_out = [(image[None], mask[None]) for image, mask in map(data.sample, range(10**6, 10**6 + 8))]
+    start = trainer.validate(held_out)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    train(trainer, data, RunFolder(folder), log_every=20)
+    end = trainer.validate(held_out)
+    errors = [composite(image, torch.full_like(image, 0.5), mask) - image for image, mask in held_out]
+    grey = np.mean([-10 * np.log10(float(error.square().mean())) for error in errors])
+    assert end > start + 1
+    assert end > grey + 1
+    network = load_model(folder / "ema.safetensors")
+    with torch.no_grad():
+        for image, mask in held_out[:2]:
+            torch.testing.assert_close(network(image, mask), trainer.average(image, mask))
+    assert list((folder / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", list(ABLATIONS))
+def test_ablations_train(name: str, photographs: Path) -> None:
+    config = tiny_recipe(network=replace(TINY, **ABLATIONS[name]), steps=1)
+    trainer = Trainer(config, make_fabric("cpu"))
+    trainer.train_step(trainer.batches(samples(photographs, config)))
+    unused = [name for name, parameter in trainer.generator.module.named_parameters() if parameter.grad is None]
+    assert not unused
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(photographs: Path, tmp_path: Path) -> None:
+    config = tiny_recipe(steps=50, learning_rate=1e30)
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config, make_fabric("cpu"))
+    with pytest.raises(MisfError, match="lower the learning rate"):
+        train(trainer, samples(photographs, config), RunFolder(tmp_path / "run"), save_every=5)
+    for path in (tmp_path / "run").glob("*.safetensors"):
+        load_model(path)  # refuses NaN
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(main, list(map(str, arguments)))
+
+
+def test_bad_pictures_are_skipped_and_reported(photographs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    whole = sorted(photographs.iterdir())[0].read_bytes()
+    (folder / "good.png").write_bytes(whole)
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("not a picture")
+    result = invoke("--data", folder, *QUICK, "--steps", "2", "--output", tmp_path / "run", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    for name in ("cut.png", "text.jpg"):
+        assert result.stderr.count(name) == 1
+    (folder / "good.png").unlink()
+    result = invoke("--data", folder, *QUICK, "--steps", "2", "--output", tmp_path / "run2", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "none of 1000 pictures can be decoded" in result.stderr.splitlines()[-1]
+
+
+def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    output = tmp_path / "run"
+    arguments = ("--data", photographs, *QUICK[2:], "--device", "cpu", "--steps", "1", "--output", output)
+    result = invoke(*arguments, "--init-from", tiny_checkpoint, "--learning-rate", "1e-9", "--val", photographs)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(output / "ema.safetensors")
+    trained, given = load_model(output / "ema.safetensors"), load_model(tiny_checkpoint)
+    assert trained.config == given.config
+    for name, tensor in given.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, atol=1e-7, rtol=0)
+    assert (output / "best.safetensors").exists()
+    assert "val_psnr_db" in (output / "log.jsonl").read_text()
+
+    again = invoke(*arguments)
+    assert again.exit_code == 1
+    assert "already holds a run" in again.stderr
+    changed = invoke("--resume", "--output", output, "--crop", "64", "--seed", "3")
+    assert changed.exit_code == 2
+    assert "leave out" in changed.stderr
+    assert "--crop" in changed.stderr
+    assert "--seed" in changed.stderr
+    (output / "state.pt").write_bytes((output / "state.pt").read_bytes()[:1000])
+    damaged = invoke("--resume", "--output", output)
+    assert damaged.exit_code == 1
+    assert "damaged" in damaged.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--resume",), 1, "no training run"),
+        ((), 2, "--data is missing"),
+        (("--data", "."), 1, "no pictures"),
+        (("--data", ".", "--crop", "33"), 1, "multiple of 4"),
+        (("--data", ".", "--batch", "3", "--accumulate", "2"), 1, "divide"),
+        (("--data", ".", "--set", "style=much"), 2, "NAME=NUMBER"),
+        (("--data", ".", "--set", "unknown=1"), 2, "perceptual"),
+        (("--data", ".", "--official"), 2, "--init-from"),
+        (("--data", ".", "--masks", "nowhere"), 2, "expected random"),
+        (("--data", ".", "--vgg19", "nowhere.pth"), 1, "vgg19-dcbb9e9d.pth"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--vgg19" in arguments:
+        Image.new("RGB", (40, 40)).save("a.png")
+    result = invoke("--output", tmp_path / "run", "--device", "cpu", *arguments)
+    assert result.exit_code == code, result.output
+    assert words in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
