@@ -2,10 +2,12 @@
 
     python benchmarks/latency.py                         # full-size network, 256x256 and 512x512
     python benchmarks/latency.py --checkpoint best.pt --size 256x256 --output benchmarks/results/mine
+    python benchmarks/latency.py --device cuda --batch 1 16   # the default where a GPU is: see latency_gpu.py
 
-Backends take turns, round by round, so that a machine whose speed drifts treats all alike; ratios are medians against
-the official formulation (its order of operations in PyTorch eager, float32). Peak memory is that of a process of its
-own for each backend, which loads the model and runs it twice. Writes latency.json, latency.md and latency.png.
+On the CPU backends take turns, round by round, so that a machine whose speed drifts treats all alike; ratios are
+medians against the official formulation (its order of operations in PyTorch eager, float32). Peak memory is that of a
+process of its own for each backend, which loads the model and runs it twice. Writes latency.json, latency.md and
+latency.png (on a GPU: latency-cuda.*).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from misf.runtime import accuracy
-from misf.runtime.doctor import machine, versions
+from misf.runtime.doctor import gpus, machine, versions
 
 Inpaint = accuracy.Inpaint
 BASELINE = "PyTorch eager, official formulation"
@@ -185,7 +187,7 @@ def table(size: str, rows: dict[str, dict[str, float | None]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, Any], path: Path, what: str = "one picture") -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -193,13 +195,53 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 3), squeeze=False)
     for axis, (size, rows) in zip(axes[0], results.items(), strict=True):
-        names = list(rows)[::-1]
+        names = [name for name in rows if "p50_ms" in rows[name]][::-1]
         bars = axis.barh(names, [rows[name]["p50_ms"] for name in names], color="#4878a8")
-        axis.bar_label(bars, fmt="%.0f")
-        axis.set(title=f"{size}, one picture", xlabel="median latency, ms")
+        axis.bar_label(bars, fmt="%.3g")
+        axis.set(title=f"{size}, {what}", xlabel="median latency, ms")
         axis.margins(x=0.15)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def run_on_gpu(arguments: argparse.Namespace) -> Path:
+    """Measure on the first GPU, write JSON, Markdown and a plot after every size, and return the Markdown file."""
+    import latency_gpu
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("latency.py: no NVIDIA GPU that torch can use; --device cpu measures the CPU")
+    folder = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {**machine(), **latency_gpu.board()}
+    packages = {name: value for name, value in versions().items() if value}
+    weights = arguments.checkpoint.name if arguments.checkpoint else "misf (published sizes), random weights"
+    settings = {"weights": weights, "rounds": arguments.rounds, "warm_up_rounds": arguments.warm_up}
+    results: dict[str, Any] = {}
+    floors: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = arguments.checkpoint or random_checkpoint(Path(temporary))
+        for title, rows, floor in latency_gpu.run_all(
+            checkpoint,
+            list(sizes_of(arguments.size)),
+            arguments.batch,
+            arguments.rounds,
+            arguments.warm_up,
+            not arguments.no_compile,
+        ):
+            results[title], floors[title] = rows, floor
+            document = {"machine": about, "packages": packages, "settings": settings, "floor_ms": floors}
+            text = json.dumps({**document, "results": results}, indent=2)
+            (folder / "latency-cuda.json").write_text(text + "\n")
+            head = f"# Latency on a GPU\n\n{', '.join(about.get(k, '') for k in ('gpu', 'clocks', 'power_mode'))}; "
+            head += (
+                f"torch {packages.get('torch')}. Weights: {weights}. {arguments.rounds} rounds, ways taking turns.\n"
+            )
+            tables = [latency_gpu.table(name, value, floors[name]) for name, value in results.items()]
+            (folder / "latency-cuda.md").write_text("\n\n".join([head, *tables]) + "\n")
+            print(tables[-1], file=sys.stderr, flush=True)
+    plot(results, folder / "latency-cuda.png", "GPU")
+    return folder / "latency-cuda.md"
 
 
 def write_report(results: dict[str, Any], settings: dict[str, Any], folder: Path) -> Path:
@@ -225,6 +267,9 @@ def main() -> None:
     parser.add_argument("--onnx", type=Path, help="default: exported from the checkpoint")
     parser.add_argument("--size", nargs="+", default=["256x256", "512x512"], metavar="HxW")
     parser.add_argument("--backend", nargs="+", help="only those whose name contains one of these, and the baseline")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where one is")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures at once, GPU only")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, GPU only")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latency"), help="folder")
@@ -232,6 +277,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, *next(sizes_of(arguments.size)), arguments.checkpoint, arguments.onnx)
+        return
+    if arguments.device == "cuda" or (arguments.device == "auto" and gpus()):
+        print(run_on_gpu(arguments))
         return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or random_checkpoint(Path(folder))

@@ -1,0 +1,68 @@
+"""From checkpoint to verified picture on this machine's GPU, every flavor and precision: see gpu_session.sh."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from misf.export.engine import EngineOptions, build_engine
+from misf.export.exporter import export_onnx
+from misf.plugins.cli_support import one_line
+from misf.plugins.errors import MisfError
+from misf.runtime import accuracy
+from misf.runtime.backends import open_backend
+from misf.runtime.engine_info import Limits
+from misf.runtime.tensorrt_api import FLAVORS, installed
+from misf.training import PRESETS
+from misf.training.checkpoint import build_model, load_checkpoint, save_checkpoint
+from misf.training.network import InpaintingNetwork, initialize
+
+LIMITS = Limits((1, 64, 64), (1, 256, 256), (2, 512, 512))
+
+
+def main() -> int:
+    """Return how many engines failed."""
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        network = InpaintingNetwork(PRESETS["misf-small"])
+        initialize(network)
+        save_checkpoint(folder / "model.safetensors", network.config, network.state_dict())
+        checkpoint = load_checkpoint(folder / "model.safetensors")
+        reference = accuracy.torch_reference(build_model(checkpoint))
+        for precision in ("fp32", "fp16"):
+            source = folder / f"{precision}.onnx"
+            export_onnx(checkpoint, source, precision)
+            for flavor in filter(installed, FLAVORS):
+                for without in (False, True):
+                    title = f"{flavor} {precision} {'without' if without else 'with'} plugin"
+                    if flavor == "tensorrt-rtx" and not without:
+                        continue
+                    try:
+                        options = EngineOptions(backend=flavor, limits=LIMITS, without_plugin=without)
+                        plan = build_engine(source, folder / "x.plan", options).path
+                        print(title, *_compared(plan, reference, precision), sep="\n  ")
+                    except (MisfError, ValueError, MemoryError) as error:
+                        failed += 1
+                        print(f"{title}: FAILED: {one_line(error)}")
+    print(f"{failed} engines failed" if failed else "every engine agrees with PyTorch")
+    return failed
+
+
+def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[str]:
+    """Return a line for each size, seen twice so that the CUDA graph runs too; MisfError on a miss."""
+    engine, lines = open_backend(plan), []
+    for image, mask in accuracy.cases(accuracy.load_photographs(), accuracy.default_sizes(LIMITS)):
+        for _ in range(3):
+            result = accuracy.compare(engine, reference, image, mask)
+            if faults := result.faults(accuracy.TOLERANCES[precision]):
+                raise MisfError("; ".join(faults))
+        lines.append(
+            f"{result.size}: largest difference {result.max_abs:.1e}, {result.psnr_hole_db:.1f} dB in the hole"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""The GPU part of latency.py: the whole network in PyTorch, ONNX Runtime and TensorRT, side by side on one GPU.
+
+PyTorch is timed by CUDA events, pictures already on the GPU. ONNX Runtime and engines are timed by the clock, from
+NumPy array to NumPy array, copies included; an engine also with its pictures on the GPU. Ways take turns, round by
+round. The floor is the network's arithmetic at the rate of an 8192 x 8192 fp16 matrix product, measured here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from formulations import official_formulation
+from torch import Tensor
+
+from misf.plugins.cli_support import one_line
+from misf.plugins.errors import MisfError
+from misf.runtime import accuracy
+
+BASELINE = "PyTorch eager fp32, official formulation"
+GFLOP_AT_256 = 261.0  # of the published sizes, one picture of 256x256
+Run = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running the network: `make(image, mask)` returns what is timed."""
+
+    name: str
+    make: Callable[[Tensor, Tensor], Callable[[], Any]]
+    events: bool = True
+    """Timed by CUDA events; else by the clock."""
+
+
+def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
+    """Return PyTorch's ways. On a CPU (for the tests of this file) only those in float32."""
+    from misf.training import load_model
+
+    def network(half: bool) -> Any:
+        made = load_model(checkpoint).to(device)
+        return made.half().to(memory_format=torch.channels_last) if half else made
+
+    def eager(half: bool = False, official: bool = False) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
+        def make(image: Tensor, mask: Tensor) -> Callable[[], Any]:
+            run, pictures = network(half), prepared(image, mask, half)
+
+            def call() -> Tensor:
+                with official_formulation() if official else contextlib.nullcontext(), torch.inference_mode():
+                    result: Tensor = run(*pictures)
+                    return result
+
+            return call
+
+        return make
+
+    ways = [
+        Way(BASELINE, eager(official=True)),
+        Way("PyTorch eager fp32, our filter", eager()),
+    ]
+    if device == "cpu":
+        return ways
+    ways += [
+        Way("PyTorch eager fp16 channels-last, official formulation", eager(half=True, official=True)),
+        Way("PyTorch eager fp16 channels-last, our filter", eager(half=True)),
+        Way("PyTorch fp16 channels-last, our filter, CUDA graph", lambda i, m: graphed(eager(half=True)(i, m))),
+    ]
+    if compiled:
+
+        def compile_it(image: Tensor, mask: Tensor) -> Callable[[], Any]:
+            run, pictures = torch.compile(network(True), dynamic=False), prepared(image, mask, True)
+            return lambda: _inferred(run, pictures)
+
+        ways.append(Way("torch.compile fp16 channels-last, our filter", compile_it))
+    return ways
+
+
+def _inferred(run: Any, pictures: tuple[Tensor, Tensor]) -> Any:
+    with torch.inference_mode():
+        return run(*pictures)
+
+
+def prepared(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """Return the pictures as a network of that type takes them."""
+    if not half:
+        return image, mask
+    return image.half().to(memory_format=torch.channels_last), mask.half().to(memory_format=torch.channels_last)
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a call as a replayed CUDA graph, which always gives the same tensor."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def backend_ways(files: dict[str, Path]) -> list[Way]:
+    """Return the ways of ONNX files (on ONNX Runtime's CUDA provider) and engines; name -> file."""
+    from misf.runtime.backends import ENGINES, open_backend
+    from misf.runtime.backends.onnx_runtime import has_cuda
+    from misf.runtime.backends.tensorrt import TensorRtBackend
+
+    def host(opened: Any, image: Tensor, mask: Tensor) -> Callable[[], Any]:
+        arrays = image.cpu().numpy(), mask.cpu().numpy()
+        return lambda: opened(*arrays)
+
+    ways = []
+    for name, file in files.items():
+        if file.suffix not in ENGINES:
+            if has_cuda():
+                ways.append(Way(f"ONNX Runtime CUDA {name}", _onnx(open_backend, file, host), events=False))
+            continue
+        for graph in (True, False):
+            title = f"TensorRT {name}, {'CUDA graph' if graph else 'no graph'}, with copies"
+
+            def make(image: Tensor, mask: Tensor, file: Path = file, graph: bool = graph) -> Callable[[], Any]:
+                return host(TensorRtBackend(file, cuda_graph=graph), image, mask)
+
+            ways.append(Way(title, make, events=False))
+
+        def on_gpu(image: Tensor, mask: Tensor, file: Path = file) -> Callable[[], Any]:
+            opened = TensorRtBackend(file)
+            return lambda: opened(image, mask)  # type: ignore[arg-type] # torch tensors are taken too
+
+        ways.append(Way(f"TensorRT {name}, pictures on the GPU", on_gpu, events=False))
+    return ways
+
+
+def _onnx(open_backend: Any, file: Path, host: Any) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
+    return lambda image, mask: host(open_backend(file, backend="onnxruntime", device="cuda"), image, mask)
+
+
+def engines(onnx_files: dict[str, Path], folder: Path, sizes: list[tuple[int, int]], batch: int) -> dict[str, Path]:
+    """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are told."""
+    from misf.runtime.tensorrt_api import installed
+
+    if not installed("tensorrt"):
+        return {}
+    from misf.export.engine import EngineOptions, build_engine
+    from misf.runtime.engine_info import Limits
+
+    low, high = (
+        (min(h for h, _ in sizes), min(w for _, w in sizes)),
+        (max(h for h, _ in sizes), max(w for _, w in sizes)),
+    )
+    limits = Limits((1, *low), (1, *low), (batch, *high))
+    found = {}
+    for name, file in onnx_files.items():
+        for without in (False, True):
+            title = f"{name} {'without' if without else 'with'} plugin"
+            path = folder / f"{file.stem}_{'plain' if without else 'plugin'}.plan"
+            try:
+                build_engine(file, path, EngineOptions(backend="tensorrt", limits=limits, without_plugin=without))
+                found[title] = path
+            except (MisfError, ValueError) as error:
+                print(f"TensorRT {title}: not measured: {one_line(error)}", file=sys.stderr)
+    return found
+
+
+def pictures(height: int, width: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return photographs N,3,H,W and masks N,1,H,W on the device."""
+    image, mask = next(accuracy.cases(accuracy.load_photographs(), [(batch, height, width)]))
+    return torch.from_numpy(image).to(device), torch.from_numpy(mask).to(device)
+
+
+def milliseconds(call: Callable[[], Any], events: bool) -> float:
+    """Return how long one call takes."""
+    if not events:
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last))
+
+
+def in_hole_db(output: Any, reference: Tensor, mask: Tensor) -> float | None:
+    """Return the PSNR in the hole against the float32 baseline; None where they are equal."""
+    result = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
+    hole = (mask > 0.5).expand_as(reference).cpu()
+    difference = (result.float().cpu() - reference.float().cpu())[hole].double()
+    mse = float(difference.square().mean())
+    return None if mse == 0 else -10 * math.log10(mse)
+
+
+def measure(ways: list[Way], image: Tensor, mask: Tensor, rounds: int, warm_up: int) -> dict[str, dict[str, Any]]:
+    """Return a row for every way, or why it has none. Ways take turns; a failure of one stops no other."""
+    on_gpu = image.is_cuda
+    calls: dict[str, tuple[Way, Callable[[], Any]]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    reference: Tensor | None = None
+    for way in ways:
+        try:
+            call = way.make(image, mask)
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = torch.cuda.memory_allocated() if on_gpu else 0
+            for _ in range(warm_up):
+                output = call()
+            if on_gpu:
+                torch.cuda.synchronize()
+            reference = output.clone() if reference is None else reference
+            peak = torch.cuda.max_memory_allocated() - start if on_gpu and way.events else None
+            rows[way.name] = {
+                "psnr_db": in_hole_db(output, reference, mask),
+                "peak_memory_mb": None if peak is None else peak / 1e6,
+                "timed": "CUDA events" if way.events and on_gpu else "clock, with copies",
+            }
+            calls[way.name] = way, call
+        except Exception as error:  # out of memory, no such provider, ...: the others go on
+            rows[way.name] = {"failed": f"{type(error).__name__}: {one_line(error)[:300]}"}
+    latencies: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, (way, call) in calls.items():
+            latencies[name].append(milliseconds(call, way.events and on_gpu))
+    base = statistics.median(latencies[BASELINE]) if latencies.get(BASELINE) else None
+    for name, values in latencies.items():
+        median = statistics.median(values)
+        rows[name] |= {f"p{p}_ms": float(np.percentile(values, p)) for p in (50, 90, 99)}
+        rows[name] |= {"pictures_per_second": 1000 * len(image) / median, "times_faster": base and base / median}
+    return rows
+
+
+def matrix_tflops(side: int = 8192, repeats: int = 10) -> float:
+    """Return the rate of an fp16 matrix product on this GPU, in TFLOP/s."""
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.float16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    times = [milliseconds(lambda: a @ b, events=True) for _ in range(repeats)]
+    return 2 * side**3 / statistics.median(times) / 1e9
+
+
+def floor_ms(height: int, width: int, batch: int, tflops: float) -> float:
+    """Return the time of the network's arithmetic at that rate."""
+    return GFLOP_AT_256 * (height * width / 256**2) * batch / tflops
+
+
+def board() -> dict[str, str]:
+    """Return the GPU as torch names it, its clocks, and a Jetson's power mode."""
+    about = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    queries = {
+        "clocks": ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"],
+        "power_mode": ["nvpmodel", "-q"],
+    }
+    for name, command in queries.items():
+        if shutil.which(command[0]):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            about[name] = " ".join(result.stdout.split())
+    return about
+
+
+def table(title: str, rows: dict[str, dict[str, Any]], floor: float | None) -> str:
+    """Return one size's results as a Markdown table."""
+    lines = [
+        f"| {title} | p50 ms | p90 ms | p99 ms | pictures/s | times faster | of floor | PSNR, dB | peak, MB | timed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"| {name} | not measured: {row['failed']} |" + " |" * 8)
+            continue
+        numbers = " | ".join(f"{row[f'p{p}_ms']:.2f}" for p in (50, 90, 99))
+        faster = "-" if row["times_faster"] is None else f"{row['times_faster']:.2f}"
+        of_floor = "-" if floor is None else f"{row['p50_ms'] / floor:.1f}x"
+        psnr = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.0f}"
+        peak = "-" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}"
+        rate = f"{row['pictures_per_second']:.1f}"
+        lines.append(f"| {name} | {numbers} | {rate} | {faster} | {of_floor} | {psnr} | {peak} | {row['timed']} |")
+    return "\n".join(lines)
+
+
+def run_all(
+    checkpoint: Path, sizes: list[tuple[int, int]], batches: list[int], rounds: int, warm_up: int, compiled: bool
+) -> Iterator[tuple[str, dict[str, dict[str, Any]], float]]:
+    """Yield (title, rows, floor in ms) of every size and batch on the first GPU."""
+    import tempfile
+
+    onnx_files: dict[str, Path] = {}
+    tflops = matrix_tflops()
+    print(f"fp16 matrix product: {tflops:.0f} TFLOP/s", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        others = importlib.util.find_spec("onnxscript") and (_has_ort_cuda() or importlib.util.find_spec("tensorrt"))
+        if others:
+            from misf.export.exporter import export_onnx
+            from misf.training.checkpoint import load_checkpoint
+
+            for precision in ("fp32", "fp16"):
+                onnx_files[precision] = Path(folder) / f"{precision}.onnx"
+                export_onnx(load_checkpoint(checkpoint), onnx_files[precision], precision)
+        files = {**onnx_files, **engines(onnx_files, Path(folder), sizes, max(batches))}
+        first = True
+        for height, width in sizes:
+            for batch in batches:
+                # torch.compile takes a minute for each shape: one is enough to compare.
+                ways = torch_ways(checkpoint, "cuda", compiled and first) + backend_ways(files)
+                rows = measure(ways, *pictures(height, width, batch, "cuda"), rounds, warm_up)
+                yield f"{batch} x {height}x{width}", rows, floor_ms(height, width, batch, tflops)
+                first = False
+                torch.cuda.empty_cache()
+
+
+def _has_ort_cuda() -> bool:
+    from misf.runtime.backends.onnx_runtime import has_cuda
+
+    return has_cuda()
