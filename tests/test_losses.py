@@ -185,3 +185,18 @@ def test_feature_matching_reaches_only_the_prediction() -> None:
     loss.backward()
     assert a.grad is not None
     assert b.grad is None
+
+
+def test_draft_loss_is_l1_at_the_drafts_resolution() -> None:
+    _, image, mask = batch()
+    draft = torch.rand(3, 3, 8, 12, dtype=torch.float64)
+    i, m, d = (x.numpy() for x in (image, mask, draft))
+    i, m = (x.reshape(3, -1, 8, 2, 12, 2).mean(axis=(3, 5)) for x in (i, m))
+    expected, units = [], []
+    for k in range(3):
+        error = np.abs(d[k] - i[k])
+        expected.append((error * m[k]).sum() / max(3 * m[k].sum(), 1) + error.mean() / 2)
+        units.append((np.abs(0.5 - i[k]) * m[k]).sum() / max(3 * m[k].sum(), 1) + 0.02)
+    assert losses.draft_loss(draft, image, mask).item() == pytest.approx(np.mean(expected))
+    relative = losses.draft_loss(draft, image, mask, torch.full_like(image, 0.5)).item()
+    assert relative == pytest.approx(np.mean(np.array(expected) / units))

@@ -194,10 +194,10 @@ def test_one_step_is_adams_on_the_weighted_sum(photographs: Path) -> None:
     """The first step and its average, by hand: Adam with betas (0, 0.9) moves every weight by the rate."""
     config = tiny_recipe(steps=1, adversarial=0.0, feature_matching=0.0, learning_rate=1e-3)
     trainer = Trainer(config, make_fabric("cpu"))
-    before = {name: tensor.clone() for name, tensor in trainer.generator.module.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
     numbers = trainer.train_step(trainer.batches(samples(photographs, config)))
     assert float(numbers["total"]) == pytest.approx(float(numbers["l1"] + numbers["hole"]))
-    for name, parameter in trainer.generator.module.named_parameters():
+    for name, parameter in trainer.network.named_parameters():
         assert parameter.grad is not None, name
         moved = parameter.detach() - before[name]
         expected = -1e-3 * parameter.grad / (parameter.grad.abs() + 1e-8)
@@ -214,7 +214,7 @@ def test_generator_and_discriminator_learn_apart(photographs: Path) -> None:
     trainer._pass(image, mask, last=True)
     torch.manual_seed(0)
     judge = Trainer(config, make_fabric("cpu"))
-    prediction = judge.generator(image, mask).detach()
+    prediction = judge.network(image, mask).detach()
     scores, _ = judge.discriminator(torch.cat([image, prediction]))
     real, fake = scores.chunk(2)
     by_hand = (torch.nn.functional.softplus(-real).mean() + torch.nn.functional.softplus(fake).mean()) / 2
@@ -262,7 +262,7 @@ def test_ablations_train(name: str, photographs: Path) -> None:
     config = tiny_recipe(network=replace(TINY, **ABLATIONS[name]), steps=1)
     trainer = Trainer(config, make_fabric("cpu"))
     trainer.train_step(trainer.batches(samples(photographs, config)))
-    unused = [name for name, parameter in trainer.generator.module.named_parameters() if parameter.grad is None]
+    unused = [name for name, parameter in trainer.network.named_parameters() if parameter.grad is None]
     assert not unused
 
 

@@ -65,6 +65,26 @@ def hole_loss(
     return (l1 + squared * l2 + coarse * pooled).mean()
 
 
+def draft_loss(draft: Tensor, image: Tensor, mask: Tensor, baseline: Tensor | None = None) -> Tensor:
+    """Return L1 in the hole, plus half of L1 everywhere, of a whole picture drawn from the decoder's features.
+
+    Args:
+        draft: N,3,h,w, the features' resolution; image and mask are shrunk to it.
+        image, mask, baseline: as in `hole_loss`.
+
+    """
+    scale = image.shape[2] // draft.shape[2]
+    image, mask = F.avg_pool2d(image, scale), F.avg_pool2d(mask, scale)
+    pixels = (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
+    error = (draft - image).abs()
+    hole, everywhere = (error * mask).sum(dim=(1, 2, 3)) / pixels, error.mean(dim=(1, 2, 3))
+    loss = hole + 0.5 * everywhere
+    if baseline is not None:
+        known = (F.avg_pool2d(baseline, scale) - image).abs() * mask
+        loss = loss / (known.sum(dim=(1, 2, 3)) / pixels + 0.02)
+    return loss.mean()
+
+
 def known_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Return L1 outside the hole: the composite never shows it, but it steadies the layers that are shared."""
     known = 1 - mask
