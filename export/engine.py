@@ -314,7 +314,7 @@ def inspected_types(information: str) -> dict[str, int]:
         if not isinstance(layer, dict):  # layers by name only
             continue
         for tensor in (*layer.get("Inputs", []), *layer.get("Outputs", [])):
-            text = " ".join(str(tensor.get(key, "")) for key in ("Format/Datatype", "DataType", "Datatype"))
+            text = " ".join(str(tensor.get(key, "")) for key in ("Format/Datatype", "Format/DataType", "DataType"))
             if re.search(r"half|fp16|float16", text, re.IGNORECASE):
                 counts["fp16"] += 1
             elif re.search(r"fp32|float", text, re.IGNORECASE):

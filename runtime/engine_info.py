@@ -18,6 +18,7 @@ from ..plugins.errors import EnvironmentMismatch, MisfError
 from ..plugins.files import sha256, written_whole
 
 FORMAT = 1
+OLDEST_RTX = 8  # Ampere
 MAGICS = (b"ftrt", b"vtrt")
 """First bytes of the plans of TensorRT and of TensorRT for RTX."""
 
@@ -167,15 +168,23 @@ def check_flavor(plan: Path, info: EngineInfo, version: str, title: str) -> None
 
 
 def check_machine(plan: Path, info: EngineInfo) -> None:
-    """Raise EnvironmentMismatch unless the plan was built for this operating system and processor."""
-    if info.platform != this_platform():
+    """Raise EnvironmentMismatch unless the plan was built for this operating system and processor, or for any (RTX)."""
+    if info.flavor == "tensorrt" and info.platform != this_platform():
         raise EnvironmentMismatch(
             f"{plan} was built on {info.platform}, this is {this_platform()}: build it here with misf-build {info.onnx}"
         )
 
 
 def check_gpu(plan: Path, info: EngineInfo, compute_capability: str) -> None:
-    """Raise EnvironmentMismatch unless the plan was built for GPUs of this compute capability."""
+    """Raise EnvironmentMismatch unless the plan was built for GPUs of this compute capability.
+
+    Plans of TensorRT for RTX are for every GPU from Ampere (8.0) on, by NVIDIA's documents.
+    """
+    if info.flavor == "tensorrt-rtx" and int(compute_capability.partition(".")[0]) < OLDEST_RTX:
+        raise EnvironmentMismatch(
+            f"{plan} is for TensorRT for RTX on GPUs of compute capability {OLDEST_RTX}.0 and later, this GPU has "
+            f"{compute_capability}: build it with misf-build --backend tensorrt"
+        )
     if info.compute_capability not in (None, compute_capability):
         raise EnvironmentMismatch(
             f"{plan} was built for {info.gpu} (compute capability {info.compute_capability}), this GPU has "

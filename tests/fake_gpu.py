@@ -26,6 +26,7 @@ class FakeCudart:
 
     def __init__(self, memory: int = 1 << 30, gpus: int = 1, integrated: bool = False):
         self.memory, self.gpus, self.integrated = memory, gpus, integrated
+        self.compute_capability = (8, 9)
         self.live: dict[int, tuple[str, ctypes.Array[Any]]] = {}
         self.capturing: list[Callable[[], None]] | None = None
         self.capture_fails = False
@@ -85,7 +86,8 @@ class FakeCudart:
         return 0 if index < self.gpus else 101
 
     def _cudaDeviceGetAttribute(self, out: Any, attribute: int, _device: int) -> int:  # noqa: N802
-        out._obj.value = {18: int(self.integrated), 19: 1, 75: 8, 76: 9}[attribute]
+        major, minor = self.compute_capability
+        out._obj.value = {18: int(self.integrated), 19: 1, 75: major, 76: minor}[attribute]
         return 0
 
     def _cudaDeviceSynchronize(self) -> int:  # noqa: N802

@@ -266,7 +266,11 @@ SPOILED = {
     "side-car of the future": (lambda plan: change_side_car(plan, format=2), 1, "another version of misf"),
     "empty": (lambda plan: plan.write_bytes(b""), 1, "is empty"),
     "other TensorRT": (lambda plan: change_side_car(plan, version="1.2.0.54"), 4, "was built with version 1.2.0.54"),
-    "other system": (lambda plan: change_side_car(plan, platform="Linux aarch64"), 4, "was built on Linux aarch64"),
+    "other system": (
+        lambda plan: change_side_car(plan, platform="Linux aarch64", flavor="tensorrt"),
+        4,
+        "was built on Linux aarch64",
+    ),
     "other GPU": (
         lambda plan: change_side_car(plan, gpu="Orin", compute_capability="8.7"),
         4,
@@ -305,6 +309,9 @@ def test_devices_and_precision_that_do_not_fit(gpu: FakeCudart, tiny_plan: Path,
         open_backend(tiny_plan, backend="openvino")
     with pytest.raises(ValueError, match="is no engine: build one"):
         open_backend(tiny_onnx, backend="tensorrt")
+    gpu.compute_capability = (7, 5)
+    with pytest.raises(EnvironmentMismatch, match=r"compute capability 8.0 and later, this GPU has 7.5"):
+        open_backend(tiny_plan)
     gpu.gpus = 0
     with pytest.raises(EnvironmentMismatch, match=r"needs an NVIDIA GPU.*no CUDA-capable device"):
         open_backend(tiny_plan)
