@@ -47,6 +47,8 @@ class NetworkConfig:
         integers += [self.kernel_size, self.scale, self.feature_filter_level]
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in integers):
             raise ValueError(f"NetworkConfig takes whole numbers, got {self}")
+        if not all(isinstance(value, bool) for value in (self.image_filter, self.normalize, self.fill_first)):
+            raise ValueError(f"image_filter, normalize and fill_first are true or false, got {self}")
         if min(integers[:-1]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
             raise ValueError(f"NetworkConfig sizes must be within 1..1024 (64 residual blocks), got {self}")
         if self.kernel_size % 2 == 0 or self.kernel_size > 15:
@@ -126,7 +128,7 @@ PRESETS: dict[str, NetworkConfig] = {
         residual_dilations=(2, 4, 8, 4),
         normalize=False,
         fill_first=True,
-        scale=2,
+        scale=4,
     ),
     "misf-tiny": NetworkConfig(width=8, prediction_width=8, prediction_convs=1, residual_dilations=(2, 2)),
 }

@@ -1,0 +1,166 @@
+"""Training step of misf against the plain recipe: images per second and peak memory, in one run.
+
+    python benchmarks/training_step.py --config misf --size 128 --batch 4
+
+`misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last, a filter whose backward keeps only
+its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `plain`: the same networks
+and losses written down the obvious way: NCHW, nine shifted copies stacked and multiplied by the expanded taps, the
+discriminator called once each for true, predicted and passing pictures. Both float32, unless --precision says
+otherwise. Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the peak
+of the process's memory less what it took before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+VARIANTS = ("plain", "misf")
+
+
+def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 1) -> Tensor:
+    """Return the dynamic filter by K*K shifted copies of the features and the taps expanded to one per copy."""
+    height, width = features.shape[2:]
+    padded = F.pad(features, (kernel_size // 2,) * 4)
+    copies = [padded[:, :, i : i + height, j : j + width] for i in range(kernel_size) for j in range(kernel_size)]
+    expanded = taps.repeat_interleave(share, dim=1).unflatten(1, (features.shape[1], kernel_size**2))
+    return (torch.stack(copies, dim=2) * expanded).sum(dim=2)
+
+
+def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
+    """Return the step of the obvious implementation."""
+    from misf.training import losses, network
+    from misf.training.discriminator import PatchDiscriminator
+
+    network.dynamic_filter = plain_filter
+    generator = network.InpaintingNetwork(config.network)
+    network.initialize(generator)
+    judge = PatchDiscriminator()
+    optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, betas=config.betas)
+    judging = torch.optim.Adam(judge.parameters(), config.learning_rate / 10, betas=config.betas)
+
+    def step(image: Tensor, mask: Tensor) -> None:
+        prediction = generator(image, mask)
+        of_image, _ = judge(image)
+        of_fake, _ = judge(prediction.detach())
+        judging.zero_grad()
+        loss = losses.adversarial_loss(of_image, True) + losses.adversarial_loss(of_fake, False)
+        (loss / 2).backward()
+        judging.step()
+        optimizer.zero_grad()
+        scores, features = judge(prediction)
+        _, real_features = judge(image)
+        total = losses.l1_over_mask(prediction, image, mask) + losses.hole_loss(prediction, image, mask)
+        total = total + config.adversarial * losses.adversarial_loss(scores, True, for_generator=True)
+        total = total + config.feature_matching * losses.feature_matching_loss(features, real_features)
+        total.backward()
+        optimizer.step()
+
+    return step
+
+
+def our_step(config: Any, precision: str) -> Callable[[Tensor, Tensor], None]:
+    """Return the step of misf-train."""
+    from misf.training.trainer import Trainer, make_fabric
+
+    trainer = Trainer(config, make_fabric("auto", precision))
+    device = trainer.fabric.device
+
+    def step(image: Tensor, mask: Tensor) -> None:
+        image = image.to(device, memory_format=torch.channels_last)
+        trainer.train_step(iter([(image, mask.to(device))]))
+
+    return step
+
+
+def measure(variant: str, name: str, size: int, batch: int, steps: int, precision: str) -> dict[str, float]:
+    """Return one process's median seconds per step and peak memory in MB."""
+    from dataclasses import replace
+
+    from misf.training.config import PRESETS
+    from misf.training.recipe import RECIPES
+
+    config = replace(RECIPES["paper"].without_vgg(), network=PRESETS[name], crop=size, batch=batch, ema_decay=0.999)
+    step = plain_step(config) if variant == "plain" else our_step(config, precision)
+    image = torch.rand(batch, 3, size, size)
+    mask = (torch.rand(batch, 1, size // 8, size // 8) > 0.7).float()
+    mask = F.interpolate(mask, size=(size, size))
+    before = memory_mb()
+    step(image, mask)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step(image, mask)
+        times.append(time.perf_counter() - start)
+    return {"s": statistics.median(times), "peak_mb": memory_mb() - before}
+
+
+def memory_mb() -> float:
+    """Return the most memory that this process has held so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@click.command()
+@click.option("--config", "name", default="misf", show_default=True, help="Preset of the network.")
+@click.option("--size", default=128, show_default=True, help="Side of the crops in pixels.")
+@click.option("--batch", default=4, show_default=True)
+@click.option("--steps", default=3, show_default=True, help="Steps per process, after one to warm up.")
+@click.option("--rounds", default=2, show_default=True, help="Processes per variant.")
+@click.option("--precision", type=click.Choice(["32-true", "bf16-mixed"]), default="32-true", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file for the numbers.")
+@click.option("--only", type=click.Choice(VARIANTS), hidden=True)
+def main(
+    name: str, size: int, batch: int, steps: int, rounds: int, precision: str, output: Path | None, only: str | None
+) -> None:
+    """Measure both variants and print a table."""
+    if only:
+        click.echo(json.dumps(measure(only, name, size, batch, steps, precision)))
+        return
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    sizes = ["--config", name, "--size", str(size), "--batch", str(batch), "--steps", str(steps)]
+    for _ in range(rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, *sizes, "--precision", precision, "--only", variant]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = {
+        variant: {
+            "images_per_s": batch / statistics.median(run["s"] for run in runs),
+            "peak_mb": statistics.median(run["peak_mb"] for run in runs),
+        }
+        for variant, runs in found.items()
+    }
+    plain, ours = rows["plain"], rows["misf"]
+    click.echo(f"{name}, {batch} x {size}x{size}, {precision}, torch {torch.__version__}, {platform.machine()}\n")
+    click.echo("| | images/s | peak memory of a step, MB |\n| --- | --- | --- |")
+    for variant, row in rows.items():
+        click.echo(f"| {variant} | {row['images_per_s']:.2f} | {row['peak_mb']:.0f} |")
+    speed, memory = ours["images_per_s"] / plain["images_per_s"], ours["peak_mb"] / plain["peak_mb"]
+    click.echo(f"| misf / plain | {speed:.2f} | {memory:.2f} |")
+    if output:
+        settings = {
+            "config": name,
+            "size": size,
+            "batch": batch,
+            "precision": precision,
+            "threads": torch.get_num_threads(),
+        }
+        document = {"settings": settings, "torch": torch.__version__, "results": rows, "runs": found}
+        output.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
