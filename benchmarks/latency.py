@@ -124,7 +124,7 @@ def summarize(latencies: dict[str, list[float]], psnr_db: dict[str, float]) -> d
             "p99_ms": float(np.percentile(values, 99)),
             "pictures_per_second": 1000 / median,
             "times_faster": statistics.median(base) / median if base else None,
-            "psnr_db": psnr_db[name] if np.isfinite(psnr_db[name]) else None,
+            "psnr_db": None if psnr_db[name] == np.inf else psnr_db[name],  # None: equal
         }
     return rows
 
@@ -133,7 +133,7 @@ def peak_memory_mb(name: str, height: int, width: int, checkpoint: Path, onnx_fi
     """Return the peak resident memory of a process that loads one backend and runs it twice (Linux only)."""
     child = [sys.executable, __file__, "--child", name, "--size", f"{height}x{width}"]
     child += ["--checkpoint", str(checkpoint), "--onnx", str(onnx_file)]
-    result = subprocess.run(child, capture_output=True, text=True, check=True)
+    result = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
     return float(result.stdout.strip().splitlines()[-1])
 
 

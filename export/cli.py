@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 
 
 @command("misf-export")
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Weights: .safetensors, .pt, .pth.")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights: .safetensors, .pt, .pth.",
+)
 @click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
 @click.option(
     "--precision",

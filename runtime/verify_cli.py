@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 class Size(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
     """HxW or NxHxW."""
@@ -34,8 +36,8 @@ class Size(click.ParamType):  # type: ignore[type-arg] # no generic before click
 
 
 @command("misf-verify")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="The weights the model was made of.")
+@click.argument("model", type=FILE)
+@click.option("--checkpoint", required=True, type=FILE, help="The weights the model was made of.")
 @click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
 @click.option("--size", "sizes", type=Size(), multiple=True, help="A size to compare at; may be given several times.")
 @click.option(
@@ -43,7 +45,13 @@ class Size(click.ParamType):  # type: ignore[type-arg] # no generic before click
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of photographs to compare on.  [default: four shipped ones]",
 )
-@click.option("--backend", default="auto", help="auto, onnxruntime, openvino, tensorrt or pytorch.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "pytorch"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model.",
+)
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
 @click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
 @click.option("--min-psnr", type=float, help="Least PSNR in the hole, dB.  [default: fp16: 50, bf16: 45]")
@@ -76,16 +84,18 @@ def main(
     from .backends import open_backend
 
     inpaint = open_backend(model, backend=backend, device=device)
-    default = accuracy.TOLERANCES[inpaint.precision]
-    tolerance = (
-        default if max_abs is None and min_psnr is None else accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
-    )
+    file_precision = getattr(inpaint, "file_precision", inpaint.precision)
+    tolerance = accuracy.tolerance(inpaint.precision, file_precision)
+    if max_abs is not None or min_psnr is not None:
+        tolerance = accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
     photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
     results = _compare_all(inpaint, checkpoint, official, photographs, sizes)
     faults = [fault for result in results for fault in result.faults(tolerance)]
     _report(results, faults, tolerance, model, inpaint, as_json)
     if faults:
-        raise AccuracyError(f"{model} differs too much from {checkpoint}: {'; '.join(faults)}")
+        raise AccuracyError(
+            f"{model} differs too much from {checkpoint}: {'; '.join(faults)}; to allow more, --max-abs or --min-psnr"
+        )
 
 
 def _compare_all(

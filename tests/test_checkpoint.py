@@ -104,7 +104,7 @@ def wrong_files() -> dict[str, tuple[Any, bool, str]]:
         "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", False, "not a whole safetensors"),
         "list.pt": ([1, 2], False, "holds a list"),
         "discriminator.pth": ({"discriminator": state}, True, "discriminator.*generator's file"),
-        "no_flag.pth": ({"generator": state, "iteration": 1}, False, "--official"),
+        "no_flag.pth": ({"generator": state, "iteration": "many"}, False, "--official"),
         "missing.pth": ({"generator": less}, True, f"missing {first}"),
         "extra.pth": ({"generator": {**state, "encoder9.weight": torch.zeros(1)}}, True, "unexpected encoder9.weight"),
         "shape.pth": ({"generator": {**state, first: torch.zeros(64, 3, 7, 7)}}, True, r"\(64, 3, 7, 7\) instead of"),
@@ -112,6 +112,13 @@ def wrong_files() -> dict[str, tuple[Any, bool, str]]:
         "optimizer.pth": ({"optimizer": {"lr": 0.1}}, False, "optimizer"),
         "ours_bad_config.pt": ({"format": "misf-1", "config": {"width": -3}, "network": {}}, False, "1..1024"),
         "ours_no_weights.pt": ({"format": "misf-1", "config": {"width": 8}, "network": {}}, False, "missing"),
+        "ours_odd_config.pt": ({"format": "misf-1", "config": {"width": {8}}, "network": {}}, False, "plain numbers"),
+        "ours_not_bool.pt": (
+            {"format": "misf-1", "config": {"normalize": "no"}, "network": {}},
+            False,
+            "true or false",
+        ),
+        "sparse.pth": ({"generator": {**state, first: torch.zeros(64, 4, 7, 7).to_sparse()}}, True, "no plain"),
         "ours_official.pt": ({"format": "misf-1", "config": {}, "network": {}}, True, "leave out --official"),
     }
 

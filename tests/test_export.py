@@ -218,11 +218,11 @@ def test_a_miss_writes_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--checkpoint", "absent.pt"], 1, "absent.pt"),
-        (["--checkpoint", "."], 1, "is a folder"),
+        (["--checkpoint", "absent.pt"], 2, "absent.pt"),
+        (["--checkpoint", "."], 2, "is a directory"),
         (["--checkpoint", "text.pt"], 1, "not a PyTorch checkpoint"),
         (["--checkpoint", "tiny.safetensors"], 1, "tiny.onnx exists: give --force"),
-        (["--checkpoint", "tiny.safetensors", "-o", "x.plan"], 2, "ends in .onnx"),
+        (["--checkpoint", "tiny.safetensors", "-o", "x.txt"], 2, "ends in .onnx"),
         (["--checkpoint", "tiny.safetensors", "-o", "missing/x.onnx"], 1, "missing/x.onnx: No such file"),
         (["--checkpoint", "tiny.safetensors", "--fp16", "--precision", "fp32"], 2, "contradict"),
         (["--checkpoint", "tiny.safetensors", "--official", "-o", "x.onnx"], 1, "leave out --official"),

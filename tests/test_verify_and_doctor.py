@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from misf.plugins.dynamic_filter.onnx_op import one_node_model
+from misf.plugins.errors import MisfError
 from misf.runtime import accuracy, doctor
 from misf.runtime.verify_cli import main as verify
 
@@ -42,6 +43,27 @@ def test_compare_by_hand() -> None:
     assert not broken.finite
     # NaN compares false with everything: it must miss every tolerance, not pass it.
     assert len(broken.faults(strict)) == 4
+
+
+def test_a_backend_that_fails_is_one_line() -> None:
+    def crash(_image: object, _mask: object) -> Any:
+        raise RuntimeError("bad\nnode")
+
+    image, mask = np.zeros((1, 3, 4, 4), np.float32), np.ones((1, 1, 4, 4), np.float32)
+    with pytest.raises(MisfError, match="the model fails at 1x4x4: bad node"):
+        accuracy.compare(crash, lambda image, _: image, image, mask)
+
+
+def test_a_float16_file_is_held_to_float16_whatever_computes_it() -> None:
+    assert accuracy.tolerance("fp32", "fp16") == accuracy.TOLERANCES["fp16"]
+    assert accuracy.tolerance("bf16", "fp32") == accuracy.TOLERANCES["bf16"]
+    assert accuracy.tolerance("fp32", "fp32").max_abs == 1e-4
+
+
+def test_unreadable_photograph_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.jpg").write_bytes((accuracy.SAMPLES / "chelsea.jpg").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"torn\.jpg cannot be read"):
+        accuracy.load_photographs(tmp_path)
 
 
 def test_cases_cover_what_the_gate_promises() -> None:
@@ -85,12 +107,13 @@ def test_verify_refuses_another_model(tiny_onnx: Path, tiny_checkpoint: Path, tm
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["absent.onnx", "--checkpoint", "x.pt"], 1, "absent.onnx does not exist"),
-        (["x.onnx", "--checkpoint", "x.pt", "--size", "0x64"], 2, "expected HxW"),
-        (["x.onnx", "--checkpoint", "x.pt", "--device", "gpu"], 1, "unknown device"),
-        (["x.onnx"], 2, "--checkpoint"),
+        (["absent.onnx", "--checkpoint", __file__], 2, "'absent.onnx' does not exist"),
+        ([__file__, "--checkpoint", __file__, "--size", "0x64"], 2, "expected HxW"),
+        ([__file__, "--checkpoint", __file__, "--device", "gpu"], 1, "unknown device"),
+        ([__file__, "--checkpoint", __file__, "--backend", "foo"], 2, "'foo' is not one of"),
+        ([__file__], 2, "--checkpoint"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=["no model", "size", "device", "backend", "no checkpoint"],
 )
 def test_verify_bad_arguments(arguments: list[str], code: int, message: str) -> None:
     result = invoke(verify, *arguments)

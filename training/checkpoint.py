@@ -133,15 +133,21 @@ def _read_safetensors(path: Path) -> tuple[NetworkConfig, dict[str, Tensor], int
         raise MisfError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
     if "config" not in metadata:
         raise MisfError(f"{path} has no misf config in its metadata: expected a checkpoint written by misf")
-    iteration = metadata.get("iteration", "0")
-    return _config(path, metadata["config"]), weights, int(iteration) if iteration.isdecimal() else 0
+    return _config(path, metadata["config"]), weights, _iteration(metadata.get("iteration"))
 
 
 def _config(path: Path, text: str) -> NetworkConfig:
     try:
         return NetworkConfig.from_json(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MisfError(f"{path}: {error}") from error
+
+
+def _iteration(value: object) -> int:
+    """Return the training steps that a file claims, 0 where it says something else than a number."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -169,8 +175,11 @@ def _interpret(path: Path, content: dict[str, Any], official: bool) -> tuple[Net
     if content.get("format") == FORMAT and isinstance(content.get("network"), dict):
         if official:
             raise MisfError(f"{path} is a checkpoint of misf's own: leave out --official")
-        iteration = content.get("iteration", 0)
-        return _config(path, json.dumps(content.get("config"))), content["network"], int(iteration)
+        try:
+            config = json.dumps(content.get("config"))
+        except TypeError as error:
+            raise MisfError(f"{path} has a config that is not plain numbers and names: {error}") from error
+        return _config(path, config), content["network"], _iteration(content.get("iteration"))
     if "discriminator" in content and "generator" not in content:
         raise MisfError(f"{path} is an official discriminator (*_dis.pth): give the generator's file (*_gen.pth)")
     state = content.get("generator", content.get("state_dict", content))
@@ -184,9 +193,11 @@ def _interpret(path: Path, content: dict[str, Any], official: bool) -> tuple[Net
             "expected a misf checkpoint, or an official MISF generator with --official"
         )
     if not official:
-        raise MisfError(f"{path} is an official MISF generator: say so with --official")
-    iteration = content.get("iteration", 0) if state is not content else 0
-    return NetworkConfig(), _from_official(path, state), iteration if isinstance(iteration, int) else 0
+        raise MisfError(
+            f"{path} is an official MISF generator: export it with misf-export --official, "
+            "or load it with load_model(path, official=True)"
+        )
+    return NetworkConfig(), _from_official(path, state), _iteration(content.get("iteration"))
 
 
 def official_names(config: NetworkConfig) -> dict[str, str]:
@@ -234,9 +245,13 @@ def _check_weights(path: Path, config: NetworkConfig, weights: dict[str, Any]) -
     if not all(isinstance(value, Tensor) for value in weights.values()):
         raise MisfError(f"{path} holds values that are not tensors among its weights: expected tensors only")
     _compare(path, weights, {name: tuple(shape) for name, shape in _expected_shapes(config).items()})
-    strange = [name for name, tensor in weights.items() if not tensor.is_floating_point()]
+    strange = [
+        name
+        for name, tensor in weights.items()
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu"
+    ]
     if strange:
-        raise MisfError(f"{path} holds weights that are not floating point: {_some(strange)}")
+        raise MisfError(f"{path} holds weights that are no plain floating-point tensors: {_some(strange)}")
 
 
 def _compare(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
