@@ -15,8 +15,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..plugins.dynamic_filter import onnx_op
 
-FLOAT32_OPS = frozenset({"InstanceNormalization"})
-"""Always float32."""
+FLOAT32_OPS = frozenset({"InstanceNormalization", "ReduceMean"})
+"""Always float32: both sum over the whole picture, and how wide TensorRT's sums are is nowhere promised."""
 
 RANGE_LIMIT = 8192.0
 """Layers that make or read larger values on the calibration pictures stay float32: an eighth of float16's range."""
