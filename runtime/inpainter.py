@@ -46,7 +46,8 @@ class Inpainter:
     whole picture reduced to the working size, "original" on the whole picture as it is; "auto" is original for a
     picture of about the working size or less, else crop. working_size: the model sees about working_size x
     working_size pixels at a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's
-    side. backend, device, precision, threads: see `open_backend`.
+    side. backend, device, precision, threads: see `open_backend`. Several threads may call one Inpainter at the same
+    time: each gets its own result (on an engine the calls wait for each other).
 
         inpaint = Inpainter("best.onnx")
         result = inpaint(image, mask)

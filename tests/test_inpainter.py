@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +288,27 @@ def test_openvino_agrees_with_onnx_runtime_at_any_size(model: Path, monkeypatch:
         open_vino._precision("bf16", ["FP32"])
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_threads_that_share_an_inpainter_get_their_own_results(model: Path, backend: str, monkeypatch: Any) -> None:
+    if backend == "openvino":
+        monkeypatch.setattr(pytest.importorskip("misf.runtime.backends.open_vino"), "LARGE", 500 * 500)
+    inpaint = Inpainter(model, backend=backend, precision="fp32", strategy="original", threads=1)
+    shapes = [(500, 510), (510, 500), (400, 400), (400, 400)]  # two above LARGE, two that share the model for any size
+    pictures = [RNG.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    masks = [_mask(shape, (20, 10 + 9 * number, 30, 20)) for number, shape in enumerate(shapes)]
+    expected = [inpaint(*pair) for pair in zip(pictures, masks, strict=True)]
+    start = threading.Barrier(len(shapes))
+
+    def work(number: int) -> list[np.ndarray]:
+        start.wait()
+        return [inpaint(pictures[number], masks[number]) for _ in range(10)]
+
+    with ThreadPoolExecutor(len(shapes)) as pool:
+        for number, results in enumerate(pool.map(work, range(len(shapes)))):
+            for result in results:
+                np.testing.assert_array_equal(result, expected[number], err_msg=f"picture {number}")
+
+
 def test_all_backends_agree_on_a_real_network(tiny_checkpoint: Path, tiny_onnx: Path) -> None:
     pytest.importorskip("openvino")
     referee = open_backend(tiny_checkpoint, device="cpu")
@@ -342,6 +365,40 @@ def test_auto_takes_what_is_installed_and_says_so(
         open_backend(checkpoint)
 
 
+def test_a_precision_that_one_backend_has_decides_what_auto_takes(
+    model: Path, monkeypatch: Any, tmp_path: Path
+) -> None:
+    open_vino = pytest.importorskip("misf.runtime.backends.open_vino")
+    half = {"misf.config": "{}", "misf.precision": "fp16"}
+    opened = open_backend(mean_fill(tmp_path / "half.onnx", metadata=half), precision="fp16")
+    assert (opened.name, opened.precision) == ("onnxruntime", "fp16")
+    with pytest.raises(ValueError, match="is fp32 and fp16 was asked for: .* so export it with --precision fp16"):
+        open_backend(model, precision="fp16")
+    with pytest.raises(ValueError, match="is fp32 and bf16 was asked for: .* so use precision auto, or OpenVINO"):
+        open_backend(model, "onnxruntime", precision="bf16")
+    choose = open_vino._precision
+    monkeypatch.setattr(open_vino, "_precision", lambda asked, _found: choose(asked, ["FP32"]))
+    with pytest.raises(EnvironmentMismatch, match="bf16 was asked for and this processor does not compute in it"):
+        open_backend(model, precision="bf16")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else find(name, *rest)
+    )
+    with pytest.raises(EnvironmentMismatch, match="precision bf16 needs openvino, which is not installed"):
+        open_backend(model, precision="bf16")
+
+
+def test_onnx_runtime_prints_nothing_when_a_provider_fails(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(model.read_bytes()[:300])
+    for options in ([onnx_runtime.CPU], [(onnx_runtime.CPU, {"no_such_option": "x"})]):
+        with pytest.raises(ValueError, match="damaged"):
+            onnx_runtime._session(damaged, options, None)
+    assert capfd.readouterr().out == ""
+
+
 def test_a_gpu_that_is_asked_for_and_absent_is_an_error(model: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(onnx_runtime.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(EnvironmentMismatch, match="device cuda:1 was asked for and this ONNX Runtime has no CUDA"):
@@ -378,7 +435,7 @@ def test_files_that_are_no_model_of_ours_are_told_in_one_line(model: Path, backe
         "empty.onnx": (b"", "is empty: expected a model file"),
         "text.onnx": (b"this is no model" * 20, "is not an ONNX file, or a damaged one"),
         "cut.onnx": (whole[: len(whole) // 2], "is not an ONNX file, or a damaged one"),
-        "engine.plan": (b"x", "is a TensorRT engine, which this version cannot run"),
+        "engine.plan": (b"x", f"is a TensorRT engine, which {backend} cannot run: give the .onnx file"),
         "notes.txt": (b"x", "is no model that we know by its name"),
     }
     for name, (content, message) in cases.items():
@@ -393,6 +450,15 @@ def test_files_that_are_no_model_of_ours_are_told_in_one_line(model: Path, backe
     mean_fill(tmp_path / "bare.onnx", metadata={})
     with pytest.raises(ValueError, match=r"was not written by misf-export: it has no metadata misf\.config"):
         open_backend(tmp_path / "bare.onnx", backend)
+    ours = {"misf.config": "{}", "misf.precision": "fp32"}
+    for changed, message in (
+        ({"misf.config": "[1]"}, r"damaged metadata misf\.config: expected a JSON object, found \[1\]"),
+        ({"misf.config": "{"}, r"damaged metadata misf\.config: Expecting"),
+        ({"misf.precision": "int8"}, r"has metadata misf\.precision 'int8': expected fp32 or fp16"),
+    ):
+        mean_fill(tmp_path / "changed.onnx", metadata=ours | changed)
+        with pytest.raises(ValueError, match=message):
+            open_backend(tmp_path / "changed.onnx", backend)
     fixed = onnx.load(model)
     for entry in fixed.graph.input:
         entry.type.tensor_type.shape.dim[2].dim_value = 512
@@ -405,7 +471,7 @@ def test_files_that_are_no_model_of_ours_are_told_in_one_line(model: Path, backe
 
 
 def test_every_backend_named_is_one_we_have() -> None:
-    assert set(backends.BACKENDS) == {"auto", "onnxruntime", "openvino", "pytorch"}
+    assert set(backends.BACKENDS) == {"auto", "onnxruntime", "openvino", "pytorch", "tensorrt"}
 
 
 def test_a_pillow_canvas_is_not_copied_for_a_crop() -> None:

@@ -6,7 +6,8 @@
     .safetensors .pt .pth      pytorch       CPU, NVIDIA GPU (extra `export`): the reference
     .plan .engine .trt         tensorrt      NVIDIA GPU: an engine of misf-build, on TensorRT or TensorRT for RTX
 
-For an ONNX file `auto` takes the GPU where ONNX Runtime has one, else OpenVINO where installed, else ONNX Runtime.
+For an ONNX file `auto` takes the GPU where ONNX Runtime has one, else OpenVINO where installed, else ONNX Runtime. A
+precision that only one of them has (fp16: ONNX Runtime, bf16: OpenVINO) decides.
 """
 
 from __future__ import annotations
@@ -133,7 +134,18 @@ def check_onnx(
         raise ValueError(f"{path} was not written by misf-export: it has no metadata misf.config") from None
     except ValueError as error:
         raise ValueError(f"{path} has damaged metadata misf.config: {error}") from error
-    return dict(config)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has damaged metadata misf.config: expected a JSON object, found {config!r:.40}")
+    file_precision(path, metadata)
+    return config
+
+
+def file_precision(path: Path, metadata: Mapping[str, str]) -> str:
+    """Return what precision an ONNX file was exported in, by its metadata: fp32 or fp16; ValueError for another."""
+    precision = metadata.get("misf.precision", "fp32")
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"{path} has metadata misf.precision {precision!r:.40}: expected fp32 or fp16")
+    return precision
 
 
 def _shape(shape: Sequence[Any]) -> str:
@@ -167,11 +179,12 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 
         return OnnxRuntimeBackend(path, device, precision, threads)
 
-    if backend == "openvino":
-        _need("openvino", "--backend openvino", "openvino")
-        _need("onnx", "--backend openvino", "openvino")
+    only_openvino = precision == "bf16" and backend == "auto" and not device.startswith("cuda")
+    if backend == "openvino" or only_openvino:
+        for module in ("openvino", "onnx"):
+            _need(module, "precision bf16" if only_openvino else "backend openvino", "openvino")
         return openvino()
-    if backend == "onnxruntime" or device.startswith("cuda"):
+    if backend == "onnxruntime" or device.startswith("cuda") or precision == "fp16":  # OpenVINO has no fp16 on CPUs
         return onnxruntime()
     return _open_best(path, device, openvino, onnxruntime)
 

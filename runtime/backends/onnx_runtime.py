@@ -11,7 +11,7 @@ import onnxruntime
 
 from ...plugins.cli_support import one_line
 from ...plugins.errors import EnvironmentMismatch
-from . import Tensor, check_onnx, device_index
+from . import Tensor, check_onnx, device_index, file_precision
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +41,15 @@ class OnnxRuntimeBackend:
             [entry.name for entry in self._session.get_outputs()],
             metadata,
         )
-        self.precision = self.file_precision = metadata.get("misf.precision", "fp32")
+        self.precision = self.file_precision = file_precision(path, metadata)
         self.checkpoint_sha256 = metadata.get("misf.checkpoint_sha256", "")
         if precision not in ("auto", self.precision):
+            advice = (
+                "use precision auto, or OpenVINO" if precision == "bf16" else f"export it with --precision {precision}"
+            )
             raise ValueError(
                 f"{path} is {self.precision} and {precision} was asked for: "
-                f"ONNX Runtime computes in the file's precision, so export it with --precision {precision}"
+                f"ONNX Runtime computes in the file's precision, so {advice}"
             )
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ def _session(path: Path, providers: list[Any], threads: int | None) -> Any:
     if threads:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # its exceptions share no base class
         raise ValueError(f"{path} is not an ONNX file, or a damaged one: {one_line(error)}") from error
 

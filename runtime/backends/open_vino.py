@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import openvino
 
 from ...plugins.cli_support import one_line
 from ...plugins.errors import EnvironmentMismatch, MisfError
-from . import Tensor, check_onnx
+from . import Tensor, check_onnx, file_precision
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 LARGE = 400_000  # pixels; from here on a model compiled for the very size pays: 2.2 instead of 3.4 GB at 1024x1024
 
 
 class OpenVinoBackend:
-    """An ONNX file of ours compiled by OpenVINO for the CPU. See `Backend` for the call."""
+    """An ONNX file of ours compiled by OpenVINO for the CPU. See `Backend` for the call, which threads may share."""
 
     name = "openvino"
     device = "cpu"
@@ -35,7 +36,7 @@ class OpenVinoBackend:
             [entry.name for entry in model.graph.output],
             metadata,
         )
-        self.file_precision = metadata.get("misf.precision", "fp32")
+        self.file_precision = file_precision(path, metadata)
         self.checkpoint_sha256 = metadata.get("misf.checkpoint_sha256", "")
         core = openvino.Core()
         self.precision = _precision(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
@@ -55,10 +56,14 @@ class OpenVinoBackend:
         self._any_size: Any = None
         self._one_size: Any = None
         self._size: tuple[int, ...] = ()
+        self._compiling = threading.Lock()
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the finished picture."""
-        output: Tensor = self._compiled(image.shape)({"image": image, "mask": mask})["output"]
+        with self._compiling:
+            request = self._compiled(image.shape).create_infer_request()  # one's own: its memory holds the result
+        results = request.infer({"image": image, "mask": mask}, share_inputs=True, share_outputs=True)
+        output: Tensor = results["output"].copy()
         return output
 
     def _compiled(self, shape: tuple[int, ...]) -> Any:
