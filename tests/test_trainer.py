@@ -103,9 +103,9 @@ def same_state(a: Any, b: Any, where: str = "state") -> None:
 
 
 def test_killed_and_resumed_is_as_never_stopped(photographs: Path, tmp_path: Path) -> None:
-    arguments = ("--data", photographs, *QUICK, "--steps", "16", "--device", "cpu")
-    run(*arguments, "--output", tmp_path / "whole")
-    killed = tmp_path / "killed"
+    arguments = ("--data", photographs, *QUICK, "--steps", "10", "--device", "cpu")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*arguments, "--output", whole)
     process = subprocess.Popen(command(*arguments, "--output", killed), env=ONE_THREAD, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not ((killed / "log.jsonl").exists() and len((killed / "log.jsonl").read_text().splitlines()) >= 5):
@@ -113,15 +113,15 @@ def test_killed_and_resumed_is_as_never_stopped(photographs: Path, tmp_path: Pat
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (killed / ".state.0123abcd.pt").write_bytes(b"half")  # what a kill while writing leaves
     reached = torch.load(killed / "state.pt", weights_only=True)["step"]
-    assert 0 < reached < 16
+    assert 0 < reached < 10
     run("--resume", "--output", killed)
-    assert log_of(killed) == log_of(tmp_path / "whole")
-    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (killed, tmp_path / "whole")]
-    assert states[0]["step"] == 16
+    assert log_of(killed) == log_of(whole)
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (killed, whole)]
+    assert states[0]["step"] == 10
     same_state(*states)
-    leftovers = [path.name for path in killed.iterdir() if path.name.startswith(".") and "state" not in path.name]
-    assert not leftovers
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
 def test_two_processes_compute_what_one_does(photographs: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_rates() -> None:
 def test_it_learns(photographs: Path, tmp_path: Path) -> None:
     """From nothing to a better picture than the start's and than grey, in some hundred steps."""
     config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"], relative=False)
-    config = replace(config, steps=200, batch=4, crop=32, learning_rate=3e-3)
+    config = replace(config, steps=150, batch=4, crop=32, learning_rate=3e-3)
     trainer = Trainer(config, make_fabric("cpu"))
     data = samples(photographs, config)
     held_out = [(image[None], mask[None]) for image, mask in map(data.sample, range(10**6, 10**6 + 8))]

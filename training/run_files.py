@@ -88,6 +88,9 @@ class RunLog:
 
     def __init__(self, folder: RunFolder, step: int) -> None:
         self.file = folder.log
+        for path in (folder.state, folder.weights, folder.best, folder.settings, folder.log):
+            for half in folder.path.glob(f".{path.stem}.????????{path.suffix}"):  # a killed process was writing it
+                half.unlink()
         kept = self._lines_before(step)
         with written_whole(self.file) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
