@@ -372,9 +372,9 @@ def test_a_precision_that_one_backend_has_decides_what_auto_takes(
     half = {"misf.config": "{}", "misf.precision": "fp16"}
     opened = open_backend(mean_fill(tmp_path / "half.onnx", metadata=half), precision="fp16")
     assert (opened.name, opened.precision) == ("onnxruntime", "fp16")
-    with pytest.raises(ValueError, match="is fp32 and fp16 was asked for: .* so export it with --precision fp16"):
+    with pytest.raises(ValueError, match=r"is fp32 and fp16 was asked for: .* so export it with --precision fp16"):
         open_backend(model, precision="fp16")
-    with pytest.raises(ValueError, match="is fp32 and bf16 was asked for: .* so use precision auto, or OpenVINO"):
+    with pytest.raises(ValueError, match=r"is fp32 and bf16 was asked for: .* so use precision auto, or OpenVINO"):
         open_backend(model, "onnxruntime", precision="bf16")
     choose = open_vino._precision
     monkeypatch.setattr(open_vino, "_precision", lambda asked, _found: choose(asked, ["FP32"]))
@@ -388,14 +388,9 @@ def test_a_precision_that_one_backend_has_decides_what_auto_takes(
         open_backend(model, precision="bf16")
 
 
-def test_onnx_runtime_prints_nothing_when_a_provider_fails(
-    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    damaged = tmp_path / "damaged.onnx"
-    damaged.write_bytes(model.read_bytes()[:300])
-    for options in ([onnx_runtime.CPU], [(onnx_runtime.CPU, {"no_such_option": "x"})]):
-        with pytest.raises(ValueError, match="damaged"):
-            onnx_runtime._session(damaged, options, None)
+def test_onnx_runtime_prints_nothing_when_a_provider_fails(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="damaged one"):  # and no session on another provider either
+        onnx_runtime._session(model, [(onnx_runtime.CPU, "no options")], None)
     assert capfd.readouterr().out == ""
 
 

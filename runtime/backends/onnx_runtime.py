@@ -44,9 +44,8 @@ class OnnxRuntimeBackend:
         self.precision = self.file_precision = file_precision(path, metadata)
         self.checkpoint_sha256 = metadata.get("misf.checkpoint_sha256", "")
         if precision not in ("auto", self.precision):
-            advice = (
-                "use precision auto, or OpenVINO" if precision == "bf16" else f"export it with --precision {precision}"
-            )
+            exported = f"export it with --precision {precision}"
+            advice = "use precision auto, or OpenVINO" if precision == "bf16" else exported
             raise ValueError(
                 f"{path} is {self.precision} and {precision} was asked for: "
                 f"ONNX Runtime computes in the file's precision, so {advice}"
