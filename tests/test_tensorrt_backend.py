@@ -348,6 +348,11 @@ def test_an_engine_with_plugin_needs_its_library(
     monkeypatch.setattr(backend_module, "load_flavor", lambda _name: flavor)
     with pytest.raises(EnvironmentMismatch, match=r"needs the plugin library libmisf_trt10.so.*misf-plugin build"):
         open_backend(plan)
+    fields = {"misf": "1", "kind": "loadable", "tensorrt": "11.1", "cuda": "13000", "architectures": "87-real"}
+    (tmp_path / "eleven.so").write_bytes(b"\x7fELF... misf-plugin " + json.dumps(fields).encode() + b"\0")
+    monkeypatch.setenv("MISF_PLUGIN", str(tmp_path / "eleven.so"))
+    with pytest.raises(EnvironmentMismatch, match=r"eleven.so is for TensorRT 11, this is TensorRT 10"):
+        open_backend(plan)
     (tmp_path / "wrong.so").write_bytes(b"\x7fELF nothing of ours")
     monkeypatch.setenv("MISF_PLUGIN", str(tmp_path / "wrong.so"))
     with pytest.raises(MisfError, match="not a misf plugin library"):
