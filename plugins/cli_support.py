@@ -12,12 +12,14 @@ The function may return its exit code (None is 0). Imports stay light: click onl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -32,6 +34,7 @@ LONGEST_LINE = 800
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 log = logging.getLogger("misf")
+_subject: ContextVar[str] = ContextVar("subject", default="")
 
 
 def one_line(error: BaseException) -> str:
@@ -63,12 +66,24 @@ def wants_progress_bar() -> bool:
     return sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
 
 
+@contextlib.contextmanager
+def log_about(subject: str) -> Iterator[None]:
+    """Begin every line that is logged inside the block with `subject`, such as "x.png: ", the one of many at work."""
+    token = _subject.set(subject)
+    try:
+        yield
+    finally:
+        _subject.reset(token)
+
+
 class _StderrHandler(logging.Handler):
     """Writes to whatever sys.stderr is now, so that progress bars and test runners may replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(prefix + self.format(record), file=sys.stderr, flush=True)  # click.echo would write past a progress bar
+        print(
+            prefix + _subject.get() + self.format(record), file=sys.stderr, flush=True
+        )  # click.echo would write past a progress bar
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:

@@ -50,13 +50,13 @@ class Batch:
         """Return what was done with one picture, for --json. Raises ValueError, OSError, MisfError or MemoryError."""
         started = time.perf_counter()
         mask_path = None if self._mask is None else find_mask(job, self._mask)
-        check_output(job, mask_path, self._force)
+        check_output(job, mask_path, self._concat, self._force)
         target = output_format(job.output)
         picture = open_picture(job.image, target)
         height, width = picture.canvas.size
         hole = self._read_mask(mask_path or job.image)
         if self._masks.resize and hole.shape != (height, width):
-            log.info("%s: the mask is resized to %dx%d", job.relative, width, height)
+            log.info("the mask is resized to %dx%d", width, height)
             hole = resized_mask(hole, (height, width))
         before = _panel(picture.canvas) if self._concat else None
         report = self._inpainter.fill(picture.canvas, hole, progress)
@@ -66,9 +66,8 @@ class Batch:
         _write(picture, job.output, changed=report.hole_pixels > 0)
         record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
         if before is not None:
-            comparison = job.output.with_name(f"{job.output.stem}_concat.png")
-            _save_comparison(comparison, before, hole, _panel(picture.canvas))
-            record["concat"] = str(comparison)
+            _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
+            record["concat"] = str(job.comparison)
         seconds = time.perf_counter() - started
         return {**record, "width": width, "height": height, **asdict(report), "seconds": round(seconds, 4)}
 

@@ -6,12 +6,13 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.cli_support import BATCH_FAILURES, command, one_line, print_json, wants_progress_bar
+from ..plugins.cli_support import BATCH_FAILURES, command, log_about, one_line, print_json, wants_progress_bar
 from ..plugins.errors import MisfError
 
 if TYPE_CHECKING:
@@ -22,6 +23,27 @@ log = logging.getLogger(__name__)
 
 Step = Callable[[int, int], None]  # told how many are done, of how many
 EXISTING = click.Path(exists=True, path_type=Path)
+
+
+@dataclass
+class _Results:
+    """What became of the pictures."""
+
+    skipped: list[Path]  # files of the folder that are no pictures
+    finished: list[Job]  # by an earlier run
+    done: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[tuple[Job, Exception]] = field(default_factory=list)
+    interrupted: bool = False  # the run ended before its last picture
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what --json tells of them."""
+        return {
+            "images": self.done,
+            "failures": [{"input": str(job.image), "error": one_line(error)} for job, error in self.failures],
+            "finished_before": [str(job.output) for job in self.finished],
+            "skipped": [str(path) for path in self.skipped],
+            "interrupted": self.interrupted,
+        }
 
 
 def _device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -84,6 +106,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--skip-existing", is_flag=True, help="Leave finished pictures alone: go on with an interrupted run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     model: Path,
@@ -103,6 +126,7 @@ def main(
     mask_from_alpha: bool,
     concat: bool,
     force: bool,
+    skip_existing: bool,
     as_json: bool,
 ) -> int:
     """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
@@ -118,9 +142,11 @@ def main(
     """
     if mask is None and not mask_from_alpha:
         raise click.UsageError("Missing argument 'MASK': give a mask, or pass --mask-from-alpha.")
-    from .jobs import plan_jobs
-
-    jobs = plan_jobs(image, mask, output)  # before the model is loaded: a wrong path is told at once
+    if force and skip_existing:
+        raise click.UsageError("--force and --skip-existing contradict each other: give one of them")
+    jobs, results = _planned(
+        image, mask, output, skip_existing
+    )  # before the model is loaded: a wrong path is told at once
 
     from .batch import Batch, MaskSettings
     from .inpainter import Inpainter
@@ -136,44 +162,66 @@ def main(
         threads=threads,
     )
     masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha)
-    done, failures = _run(Batch(inpainter, mask, masks, concat, force), jobs, print_paths=not as_json)
-    if as_json:
-        chosen = inpainter.backend
-        print_json(
-            {
+    chosen = inpainter.backend
+    try:
+        _run(Batch(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)
+    except BaseException:
+        results.interrupted = True
+        raise
+    finally:
+        if as_json:
+            settings = {
                 "model": str(model),
                 "backend": chosen.name,
                 "device": chosen.device,
                 "precision": chosen.precision,
                 "strategy": strategy,
                 "working_size": working_size,
-                "images": done,
-                "failures": [{"input": str(job.image), "error": one_line(error)} for job, error in failures],
             }
-        )
-    if failures and not image.is_dir():
-        raise failures[0][1]
-    if failures:
-        log.error("%d of %d pictures failed", len(failures), len(jobs))
-    return BATCH_FAILURES if failures else 0
+            print_json(settings | results.to_dict())
+    if results.failures and not image.is_dir():
+        raise results.failures[0][1]
+    if results.failures:
+        log.error("%d of %d pictures failed", len(results.failures), len(jobs))
+    return BATCH_FAILURES if results.failures else 0
 
 
-def _run(batch: Batch, jobs: list[Job], print_paths: bool) -> tuple[list[dict[str, Any]], list[tuple[Job, Exception]]]:
-    """Return the records of the jobs that went well, and those that did not with their errors."""
-    done: list[dict[str, Any]] = []
-    failures: list[tuple[Job, Exception]] = []
-    with _progress("pictures" if len(jobs) > 1 else "crops") as step:
+def _planned(image: Path, mask: Path | None, output: Path | None, skip_existing: bool) -> tuple[list[Job], _Results]:
+    """Return the jobs to do, and the results with what is not to do."""
+    from .image_io import output_format
+    from .jobs import plan_jobs
+
+    if output is not None and not image.is_dir() and not output.is_dir():
+        try:
+            output_format(output)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}, or a folder that exists", param_hint="--output") from error
+    jobs, skipped = plan_jobs(image, mask, output)
+    if skipped:
+        names = ", ".join(map(str, skipped[:3])) + (", ..." if len(skipped) > 3 else "")
+        log.warning("%d files in %s are skipped, not pictures we read or broken links: %s", len(skipped), image, names)
+    finished = [job for job in jobs if skip_existing and job.finished]
+    if finished:
+        log.info("%d of %d pictures are finished and left alone", len(finished), len(jobs))
+    waiting = set(jobs) - set(finished)
+    return [job for job in jobs if job in waiting], _Results([image / path for path in skipped], finished)
+
+
+def _run(batch: Batch, jobs: list[Job], results: _Results, folder: bool, print_paths: bool) -> None:
+    """Run the jobs; what becomes of each is added to the results at once."""
+    with _progress("pictures" if folder else "crops") as step:
         for number, job in enumerate(jobs, start=1):
             try:
-                record = batch.run(job, progress=step if len(jobs) == 1 else None)
+                with log_about(f"{job.relative}: " if folder else ""):
+                    record = batch.run(job, progress=None if folder else step)
             except (MisfError, ValueError, OSError, MemoryError) as error:
-                failures.append((job, error))
-                if len(jobs) > 1:
+                results.failures.append((job, error))
+                if folder:
                     text = one_line(error)
                     log.error("%s", text if str(job.image) in text else f"{job.relative}: {text}")
                     log.debug("the failure in full:", exc_info=True)
             else:
-                done.append(record)
+                results.done.append(record)
                 if print_paths:
                     print(record["output"], flush=True)
                 log.info(
@@ -185,9 +233,8 @@ def _run(batch: Batch, jobs: list[Job], print_paths: bool) -> tuple[list[dict[st
                     record["crops"],
                     record["seconds"],
                 )
-            if len(jobs) > 1:
+            if folder:
                 step(number, len(jobs))
-    return done, failures
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,30 +21,58 @@ class Job:
     output: Path
     output_named: bool  # the user named this very file, so it may be overwritten
     relative: Path  # the picture within its folder
+    comparison: Path  # where --concat writes
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is there: it is written whole or not at all."""
+        return self.output.exists() and not _same_file(self.output, self.image)
 
 
-def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> list[Job]:
-    """Return a job per picture: one for a file, those below a folder in the order of their names.
+def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> tuple[list[Job], list[Path]]:
+    """Return a job per picture (one for a file, those below a folder in the order of their names), and the files below
+    a folder that are no pictures by their suffix, or links that lead nowhere.
 
     Without `output` a file goes to NAME_inpainted.EXT beside it and a folder to IMAGE_inpainted. Raises ValueError
     where no picture is found or the output is of the wrong kind.
     """
     if not image.is_dir():
-        if output is None:
-            return [Job(image, image.with_name(f"{image.stem}_inpainted{image.suffix}"), False, Path(image.name))]
-        if output.is_dir():
-            return [Job(image, output / image.name, False, Path(image.name))]
-        if not output.parent.is_dir():
-            raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-        output_format(output)
-        return [Job(image, output, True, Path(image.name))]
+        return [_single_job(image, output)], []
     folder = output or image.with_name(f"{image.resolve().name}_inpainted")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{image} is a folder and the output {folder} is a file: name a folder")
-    jobs = [Job(image / path, folder / path, False, path) for path in _pictures(image, mask, folder)]
-    if not jobs:
+    pictures, skipped = _pictures(image, mask, folder)
+    if not pictures:
         raise ValueError(f"{image} holds no pictures: expected files that end in one of {' '.join(FORMATS)}")
-    return jobs
+    comparisons = _comparisons(pictures)
+    return [Job(image / path, folder / path, False, path, folder / comparisons[path]) for path in pictures], skipped
+
+
+def _single_job(image: Path, output: Path | None) -> Job:
+    named = output is not None and not output.is_dir()
+    if output is None:
+        output = image.with_name(f"{image.stem}_inpainted{image.suffix}")
+    elif not named:
+        output = output / image.name
+    elif not output.parent.is_dir():
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+    else:
+        output_format(output)
+    return Job(image, output, named, Path(image.name), output.with_name(f"{output.stem}_concat.png"))
+
+
+def _comparisons(pictures: list[Path]) -> dict[Path, Path]:
+    """Return where each picture's comparison goes: x_concat.png, or x.jpg_concat.png where another is called x too."""
+    taken, stems = set(pictures), Counter(path.with_suffix("") for path in pictures)
+    found = {}
+    for path in pictures:
+        stem = path.stem if stems[path.with_suffix("")] == 1 else path.name
+        comparison = path.with_name(f"{stem}_concat.png")
+        while comparison in taken:
+            comparison = comparison.with_name(f"{comparison.stem}_concat.png")
+        taken.add(comparison)
+        found[path] = comparison
+    return found
 
 
 def find_mask(job: Job, mask: Path) -> Path:
@@ -65,9 +94,13 @@ def find_mask(job: Job, mask: Path) -> Path:
     return found[0]
 
 
-def check_output(job: Job, mask: Path | None, force: bool) -> None:
-    """Raise ValueError if writing a job's output would overwrite what the user did not name."""
-    if force or not job.output.exists():
+def check_output(job: Job, mask: Path | None, concat: bool, force: bool) -> None:
+    """Raise ValueError if writing a job's output or comparison would overwrite what the user did not name."""
+    if force:
+        return
+    if concat and job.comparison.exists():
+        raise ValueError(f"{job.comparison} exists already: pass --force to overwrite it")
+    if not job.output.exists():
         return
     for what, path in (("picture", job.image), ("mask", mask)):
         if path is not None and _same_file(job.output, path):
@@ -76,19 +109,19 @@ def check_output(job: Job, mask: Path | None, force: bool) -> None:
         raise ValueError(f"{job.output} exists already: pass --force to overwrite it")
 
 
-def _pictures(image: Path, mask: Path | None, output: Path) -> list[Path]:
-    """Return the pictures below a folder, relative to it; no hidden ones, no masks, no outputs."""
+def _pictures(image: Path, mask: Path | None, output: Path) -> tuple[list[Path], list[Path]]:
+    """Return the pictures below a folder, and its other files, relative to it; no hidden ones, no masks, no outputs."""
     apart = [path.resolve() for path in (mask, output) if path is not None]
     pairs = mask is not None and mask.is_dir() and mask.resolve() == image.resolve()
-    found = []
+    found, others = [], []
     for folder, folders, names in os.walk(image):
         here = Path(folder)
         folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() not in apart]
         for path in (here / name for name in names if not name.startswith(".")):
             is_mask = (pairs and MASK_NAME.fullmatch(path.stem)) or path.resolve() in apart
-            if _is_picture(path) and not is_mask:
-                found.append(path.relative_to(image))
-    return sorted(found)
+            if not is_mask:
+                (found if _is_picture(path) else others).append(path.relative_to(image))
+    return sorted(found), sorted(others)
 
 
 def _is_picture(path: Path) -> bool:

@@ -18,7 +18,9 @@ from PIL import Image
 from skimage import data
 
 from misf.plugins.files import written_whole
+from misf.runtime.batch import Batch
 from misf.runtime.cli import main
+from misf.runtime.jobs import Job
 
 from .tiny_models import constant_fill, foreign, mean_fill
 
@@ -126,6 +128,9 @@ def test_json_is_one_document(model: Path, tmp_path: Path) -> None:
         "strategy": "auto",
         "working_size": 512,
         "failures": [],
+        "finished_before": [],
+        "skipped": [],
+        "interrupted": False,
     }
     assert (record["width"], record["height"], record["strategy"], record["crops"]) == (1200, 900, "crop", 2)
     assert record["hole_pixels"] == 3200
@@ -142,6 +147,7 @@ def test_a_folder_keeps_paths_and_formats_and_goes_on_after_failures(model: Path
     _picture(photos / "small.png", (9, 9))
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     (photos / "notes.txt").write_text("not a picture either")
+    (photos / "lost.png").symlink_to(tmp_path / "nowhere.png")
     for name in ("a.png", "deep/er/b.png", "c.png", "small.png", "broken.png", "e.png", "e.bmp"):
         _mask(masks / name)
     result = _run(model, photos, masks, "-o", out, "--json")
@@ -155,6 +161,8 @@ def test_a_folder_keeps_paths_and_formats_and_goes_on_after_failures(model: Path
     assert "broken.jpg cannot be read as a picture" in failures["broken.jpg"]
     assert failures["e.png"] == "2 masks for e.png: e.bmp, e.png; expected one"
     assert "error: small.png: the mask is 80x60" in result.stderr
+    assert document["skipped"] == [str(photos / "lost.png"), str(photos / "notes.txt")]
+    assert f"warning: 2 files in {photos} are skipped, not pictures we read or broken links: lost.png" in result.stderr
     assert f"error: {photos / 'broken.jpg'} cannot be read" in result.stderr
     assert "error: 3 of 6 pictures failed" in result.stderr
     assert "Traceback" not in result.stderr
@@ -183,6 +191,77 @@ def test_lama_pairs_in_one_folder(model: Path, tmp_path: Path) -> None:
     assert "error: alone.png: no mask for alone.png: expected alone.* or alone_mask*.*" in result.stderr
     again = _run(model, tmp_path / "in", tmp_path / "in", "-o", tmp_path / "in" / "out", "--json", "--force")
     assert len(json.loads(again.stdout)["images"]) == 2  # its own outputs are no pictures to fill
+
+
+def test_comparisons_overwrite_nothing_and_have_names_of_their_own(model: Path, tmp_path: Path) -> None:
+    photo, mask = tmp_path / "photo.png", _mask(tmp_path / "mask.png")
+    _picture(photo)
+    mine = tmp_path / "out_concat.png"
+    mine.write_bytes(b"mine")
+    refused = _run(model, photo, mask, "-o", tmp_path / "out.png", "--concat")
+    assert refused.exit_code == 1
+    assert f"{mine} exists already: pass --force to overwrite it" in _one_line(refused)
+    assert mine.read_bytes() == b"mine"
+    assert not (tmp_path / "out.png").exists()
+    assert _run(model, photo, mask, "-o", tmp_path / "out.png", "--concat", "--force").exit_code == 0
+    assert _pixels(mine).shape == (60, 3 * 80 + 2 * 8, 3)
+    names = {"a.jpg", "a.png", "b.png", "c.png", "c_concat.png", "sub/b.jpg"}
+    for name in names:
+        _picture(tmp_path / "in" / name)
+    result = _run(model, tmp_path / "in", mask, "--concat")
+    assert result.exit_code == 0, result.stderr
+    comparisons = {"a.jpg_concat.png", "a.png_concat.png", "b_concat.png", "sub/b_concat.png"}
+    comparisons |= {"c_concat_concat.png", "c_concat_concat_concat.png"}
+    assert _files(tmp_path / "in_inpainted") == names | comparisons
+    for name in names:  # a comparison would be wider
+        assert _pixels(tmp_path / "in_inpainted" / name).shape == (*SHAPE, 3)
+
+
+def test_an_interrupted_folder_goes_on(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    photos, mask, out = tmp_path / "in", _mask(tmp_path / "mask.png"), tmp_path / "in_inpainted"
+    for name in ("a.png", "b.png", "c.png"):
+        _picture(photos / name)
+    run = Batch.run
+
+    def stopped_at_b(self: Batch, job: Job, **rest: Any) -> dict[str, Any]:
+        if job.relative.name == "b.png":
+            raise KeyboardInterrupt
+        return run(self, job, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "run", stopped_at_b)
+        stopped = _run(model, photos, mask, "--json")
+    assert stopped.exit_code == 130
+    document = json.loads(stopped.stdout)
+    assert [Path(record["output"]).name for record in document["images"]] == ["a.png"]
+    assert document["interrupted"] is True
+    (out / "a.png").write_bytes(b"left alone")
+    goes_on = _run(model, photos, mask, "--json", "--skip-existing")
+    assert goes_on.exit_code == 0, goes_on.stderr
+    document = json.loads(goes_on.stdout)
+    assert [Path(record["output"]).name for record in document["images"]] == ["b.png", "c.png"]
+    assert document["finished_before"] == [str(out / "a.png")]
+    assert document["interrupted"] is False
+    assert "1 of 3 pictures are finished and left alone" in goes_on.stderr
+    assert (out / "a.png").read_bytes() == b"left alone"
+    again = _run(model, photos, mask, "--skip-existing")
+    assert (again.exit_code, again.stdout) == (0, "")
+    onto_themselves = _run(model, photos, mask, "--skip-existing", "-o", photos)
+    assert onto_themselves.exit_code == 5  # pictures are not their own results
+
+
+def test_warnings_in_a_folder_name_their_picture(model: Path, tmp_path: Path) -> None:
+    for name in ("x.png", "sub/y.png"):
+        _picture(tmp_path / "in" / name)
+    _mask(tmp_path / "masks" / "x.png")
+    _mask(tmp_path / "masks" / "sub" / "y.png", np.zeros(SHAPE, np.bool_))
+    result = _run(model, tmp_path / "in", tmp_path / "masks")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: sub/y.png: the mask is empty" in result.stderr
+    _picture(tmp_path / "one" / "z.png", (9, 9))
+    alone = _run(model, tmp_path / "one", tmp_path / "masks" / "x.png")
+    assert alone.exit_code == 5
+    assert "error: z.png: the mask is 80x60" in alone.stderr  # also where the folder holds but one
 
 
 def test_mask_options(model: Path, tmp_path: Path) -> None:
@@ -244,12 +323,14 @@ def test_transparent_parts_as_holes_become_opaque(model: Path, tmp_path: Path) -
         (["{model}", "{photo}", "{mask}", "--nonsense"], 2, "No such option"),
         (["{model}", "{photo}", "{mask}", "--device", "gpu"], 2, "unknown device 'gpu': expected auto, cpu, cuda or"),
         (["{model}", "{photo}", "{mask}", "--device", "cuda:99"], 4, "device cuda:99 was asked for"),
-        (["{model}", "{photo}", "{mask}", "-o", "out.psd"], 1, "cannot write out.psd: expected a name that ends in"),
+        (["{model}", "{photo}", "{mask}", "-o", "out.psd"], 2, "cannot write out.psd: expected a name that ends in"),
+        (["{model}", "{photo}", "{mask}", "-o", "out"], 2, "tiff .bmp .gif, or a folder that exists"),
+        (["{model}", "{photo}", "{mask}", "--force", "--skip-existing"], 2, "contradict each other: give one of them"),
         (["{model}", "{photo}", "{mask}", "-o", "no/such/out.png"], 1, "cannot write no/such/out.png: there is no"),
         (["{model}", "{empty}", "{mask}"], 1, "holds no pictures"),
         (["{model}", "{folder}", "{mask}", "-o", "{photo}"], 1, "is a folder and the output"),
         (["{photo}", "{photo}", "{mask}"], 1, "is no model that we know by its name"),
-        (["{plan}", "{photo}", "{mask}"], 4, "is a TensorRT engine, which this version cannot run"),
+        (["{plan}", "{photo}", "{mask}"], 1, "is a TensorRT engine, which onnxruntime cannot run"),
         (["{damaged}", "{photo}", "{mask}"], 1, "is not an ONNX file, or a damaged one"),
         (["{foreign}", "{photo}", "{mask}"], 1, "expected the inputs image [N, 3, H, W]"),
         (["{nan}", "{photo}", "{mask}"], 1, "returned NaN or infinity"),
