@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Picture_ = TypeVar("Picture_", NDArray[Any], Image.Image)
 MANY_CROPS = 32
-SMALLER = "use --strategy crop, or a smaller --working-size"
+SMALLER = "use the strategy crop or a smaller working size (--strategy crop, --working-size)"
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ class Inpainter:
         """Return the picture with its holes filled, as the kind that came; pixels outside the hole are equal.
 
         image: uint8 or uint16 H,W,3 RGB (or H,W grey, H,W,4 RGBA), or a Pillow picture. mask: uint8 H,W (over 127 =
-        hole) or bool, or a Pillow picture (white = hole). Raises ValueError for a wrong shape, type or size, MisfError
-        when the model fails or memory runs out.
+        hole) or bool, or a Pillow picture (white = hole). A Pillow picture is taken as it is stored, and not turned
+        by its EXIF orientation: PIL.ImageOps.exif_transpose does that, if the mask is for the picture as displayed.
+        Raises ValueError for a wrong shape, type or size, MisfError when the model fails or memory runs out.
         """
         hole = mask_from_image(mask) if isinstance(mask, Image.Image) else mask_from_array(np.asarray(mask))
         if not isinstance(image, Image.Image):

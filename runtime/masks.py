@@ -42,12 +42,24 @@ def mask_from_image(
         )
     mask = np.asarray(grey) > threshold
     if not invert and not from_alpha and 0 < brightest <= threshold:
-        log.warning("the mask's brightest value is %s: use --mask-threshold 0 if every value but 0 is hole", brightest)
+        log.warning(
+            "the mask's brightest value is %s and only over %d is hole: make holes white (255), or use "
+            "--mask-threshold 0 if every value but 0 is hole",
+            *(brightest, threshold),
+        )
+    elif not invert and not from_alpha and not mask.any() and _is_partly_transparent(image):
+        log.warning(
+            "the mask has no white and its alpha channel tells painted from clear: use that as the mask "
+            "(--mask-from-alpha: clear is hole; with --invert-mask: painted is hole)"
+        )
     return ~mask if invert else mask
 
 
 def mask_from_array(array: NDArray[Any]) -> Mask:
-    """Return bool H,W, True = hole, from a bool array or one of uint8, over 127 = hole; H,W or H,W,1."""
+    """Return bool H,W, True = hole, from a bool array or one of uint8, over 127 = hole; H,W or H,W,1.
+
+    Raises ValueError for another shape or type, and for uint8 of 0 and 1, which would mean no hole at all.
+    """
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
@@ -55,7 +67,11 @@ def mask_from_array(array: NDArray[Any]) -> Mask:
             f"expected a mask of shape H,W and uint8 (over {THRESHOLD} = hole) or bool, "
             f"got shape {array.shape} and {array.dtype}"
         )
-    return array if array.dtype == np.bool_ else array > THRESHOLD
+    if array.dtype == np.bool_:
+        return array
+    if array.size and array.max() == 1:
+        raise ValueError(f"the mask holds only 0 and 1, and over {THRESHOLD} is hole: pass bool, or 0 and 255")
+    return array > THRESHOLD
 
 
 def resized_mask(mask: Mask, size: Size) -> Mask:
@@ -68,7 +84,7 @@ def check_mask(mask: Mask, size: Size) -> None:
     if mask.shape != size:
         raise ValueError(
             f"the mask is {mask.shape[1]}x{mask.shape[0]} and the picture {size[1]}x{size[0]} (width x height): "
-            "give a mask of the picture's size, or pass --resize-mask"
+            "give a mask of the picture's size (misf-run resizes it with --resize-mask)"
         )
     share = np.count_nonzero(mask) / mask.size
     if share == 0:
@@ -76,7 +92,16 @@ def check_mask(mask: Mask, size: Size) -> None:
     elif share == 1:
         log.warning("the mask covers the whole picture: nothing is known to fill it from; is it inverted?")
     elif share > MOSTLY_HOLE:
-        log.warning("the mask covers %.0f %% of the picture: is it inverted? (--invert-mask)", 100 * share)
+        log.warning(
+            "the mask covers %.0f %% of the picture: is it inverted? White is hole (--invert-mask swaps)", 100 * share
+        )
+
+
+def _is_partly_transparent(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    least, most = image.convert("RGBA").getchannel("A").getextrema()
+    return least != most
 
 
 def _grey(image: Image.Image) -> Image.Image:

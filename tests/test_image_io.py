@@ -313,14 +313,26 @@ def test_mask_thresholds_and_noise(caplog: pytest.LogCaptureFixture) -> None:
     assert "the mask has grey levels" in caplog.text
     with caplog.at_level(logging.WARNING, "misf"):
         assert not mask_from_image(Image.fromarray(HOLE.astype(np.uint8))).any()
-    assert "brightest value is 1: use --mask-threshold 0" in caplog.text
+    assert "brightest value is 1 and only over 127 is hole" in caplog.text
 
 
-def test_alpha_as_mask() -> None:
+def test_alpha_as_mask(caplog: pytest.LogCaptureFixture) -> None:
     image = _rgb().convert("RGBA")
     image.putalpha(Image.fromarray((~HOLE).astype(np.uint8) * 255))
     np.testing.assert_array_equal(mask_from_image(image, from_alpha=True), HOLE)
     np.testing.assert_array_equal(mask_from_image(image, from_alpha=True, invert=True), ~HOLE)
+    with caplog.at_level(logging.WARNING, "misf"):
+        mask_from_image(image)
+        assert caplog.text == ""
+        for mode in ("RGBA", "LA"):
+            strokes = Image.new(mode, (WIDTH, HEIGHT), 0)  # black on a clear layer
+            strokes.putalpha(Image.fromarray(HOLE))
+            assert not mask_from_image(strokes).any()
+            np.testing.assert_array_equal(mask_from_image(strokes, from_alpha=True, invert=True), HOLE)
+            assert "--mask-from-alpha: clear is hole; with --invert-mask: painted is hole" in caplog.text
+            caplog.clear()
+        assert not mask_from_image(Image.new("RGBA", (WIDTH, HEIGHT), (0, 0, 0, 255))).any()
+        assert caplog.text == ""
     with pytest.raises(ValueError, match=r"alpha channel, and the picture \(RGB\) has none"):
         mask_from_image(_rgb(), from_alpha=True)
 
@@ -344,6 +356,9 @@ def test_masks_of_another_size_or_type() -> None:
         check_mask(HOLE, (WIDTH, HEIGHT))
     np.testing.assert_array_equal(resized_mask(HOLE, (48, 80)), np.kron(HOLE, np.ones((2, 2), np.bool_)))
     np.testing.assert_array_equal(mask_from_array(HOLE.astype(np.uint8)[..., None] * 255), HOLE)
+    np.testing.assert_array_equal(mask_from_array(np.zeros((4, 4), np.uint8)), np.zeros((4, 4), np.bool_))
+    with pytest.raises(ValueError, match="the mask holds only 0 and 1, and over 127 is hole: pass bool, or 0 and 255"):
+        mask_from_array(HOLE.astype(np.uint8))
     with pytest.raises(ValueError, match="expected a mask of shape H,W and uint8"):
         mask_from_array(HOLE.astype(np.float32))
 

@@ -156,6 +156,7 @@ def test_wrong_arguments_are_told(inpaint: Inpainter, model: Path) -> None:
     for bad_image, bad_mask, message in (
         (image, np.zeros((9, 8), np.uint8), r"the mask is 8x9 and the picture 9x8"),
         (image, np.zeros((8, 9), np.float32), "expected a mask of shape H,W and uint8"),
+        (image, np.eye(8, 9, dtype=np.uint8), "the mask holds only 0 and 1, .* pass bool, or 0 and 255"),
         (image / 255, np.zeros((8, 9), np.uint8), "expected a uint8 or uint16 picture, got an array of float64"),
         (Image.new("F", (9, 8)), np.zeros((8, 9), np.uint8), "Pillow's mode F are not supported"),
     ):
@@ -193,7 +194,7 @@ class FakeBackend:
 )
 def test_out_of_memory_is_one_line_of_advice(inpaint: Inpainter, error: Exception, monkeypatch: Any) -> None:
     monkeypatch.setattr(inpaint, "backend", FakeBackend(error))
-    with pytest.raises(MisfError, match=r"^out of memory at 30x20 pixels on cpu: use --strategy crop"):
+    with pytest.raises(MisfError, match=r"^out of memory at 30x20 pixels on cpu: use the strategy crop"):
         inpaint(np.zeros((20, 30, 3), np.uint8), _mask((20, 30), (1, 1, 2, 2)))
 
 
