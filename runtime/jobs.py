@@ -113,7 +113,8 @@ def _pictures(image: Path, mask: Path | None, output: Path) -> tuple[list[Path],
     """Return the pictures below a folder, and its other files, relative to it; no hidden ones, no masks, no outputs."""
     apart = [path.resolve() for path in (mask, output) if path is not None]
     pairs = mask is not None and mask.is_dir() and mask.resolve() == image.resolve()
-    found, others = [], []
+    found: list[Path] = []
+    others: list[Path] = []
     for folder, folders, names in os.walk(image):
         here = Path(folder)
         folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() not in apart]
