@@ -2,12 +2,12 @@
 
     python benchmarks/training_step.py --config misf --size 128 --batch 4
 
-`misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last, a filter whose backward keeps only
-its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `plain`: the same networks
-and losses written down the obvious way: NCHW, nine shifted copies stacked and multiplied by the expanded taps, the
-discriminator called once each for true, predicted and passing pictures. Both float32, unless --precision says
-otherwise. Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the peak
-of the process's memory less what it took before the first step.
+`misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last on a GPU, a filter whose backward
+keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `plain`: the same
+networks and losses written down the obvious way: NCHW, nine shifted copies stacked and multiplied by the expanded
+taps, the discriminator called once each for true, predicted and passing pictures. Both float32, unless --precision
+says otherwise. Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the
+peak of the process's memory less what it took before the first step.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def our_step(config: Any, precision: str) -> Callable[[Tensor, Tensor], None]:
     device = trainer.fabric.device
 
     def step(image: Tensor, mask: Tensor) -> None:
-        image = image.to(device, memory_format=torch.channels_last)
+        image = image.to(device, memory_format=trainer.layout)
         trainer.train_step(iter([(image, mask.to(device))]))
 
     return step

@@ -127,24 +127,26 @@ class Trainer:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_URL} with --vgg19")
         self.config, self.fabric, self.step = config, fabric, 0
-        self.channels_last = torch.channels_last
+        # On AVX2 processors channels-last makes the wide convolutions' backward slower, by a quarter of the step.
+        on_gpu = fabric.device.type == "cuda"
+        self.layout = torch.channels_last if on_gpu else torch.contiguous_format
         torch.manual_seed(config.seed)
         network = InpaintingNetwork(config.network)
         initialize(network)
         if weights is not None:
             network.load_state_dict(weights)
-        network = network.to(memory_format=self.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.network = network
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
-        student = Student(network, config.draft > 0).to(memory_format=self.channels_last)  # type: ignore[call-overload]
+        student = Student(network, config.draft > 0).to(memory_format=self.layout)  # type: ignore[call-overload]
         optimizer = torch.optim.AdamW(
             student.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self.generator, self.optimizer = fabric.setup(student, optimizer)
-        self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.channels_last))  # type: ignore[call-overload]
+        self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
         if config.adversarial:
-            judge = PatchDiscriminator().to(memory_format=self.channels_last)  # type: ignore[call-overload]
+            judge = PatchDiscriminator().to(memory_format=self.layout)  # type: ignore[call-overload]
             rate = config.learning_rate * config.discriminator_rate
             judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas)
             self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
@@ -161,7 +163,7 @@ class Trainer:
             generator=torch.Generator(),  # its own: the loader's draw must not touch the run's random numbers
         )
         for image, mask in loader:
-            image = image.to(self.fabric.device, memory_format=self.channels_last, non_blocking=True)
+            image = image.to(self.fabric.device, memory_format=self.layout, non_blocking=True)
             yield image, mask.to(self.fabric.device, non_blocking=True)
 
     def train_step(self, batches: Iterator[Batch]) -> Numbers:
