@@ -118,7 +118,7 @@ def feature_matching_loss(of_prediction: Sequence[Tensor], of_image: Sequence[Te
     return torch.stack(terms).mean()
 
 
-VGG19_URL = "torchvision's vgg19-dcbb9e9d.pth (https://download.pytorch.org/models/vgg19-dcbb9e9d.pth, 548 MB)"
+VGG19_SOURCE = "torchvision's vgg19-dcbb9e9d.pth (548 MB; torchvision.models.VGG19_Weights.IMAGENET1K_V1.url says where)"
 VGG19_DIGEST = "dcbb9e9d"
 """The first digits of the file's SHA-256, which torchvision puts into its name."""
 
@@ -193,12 +193,12 @@ def load_vgg19(path: str | os.PathLike[str]) -> Vgg19:
     """
     path = Path(path)
     if not path.is_file():
-        raise MisfError(f"{path}: no VGG-19 weights there: get {VGG19_URL}, or train without --vgg19")
+        raise MisfError(f"{path}: no VGG-19 weights there: get {VGG19_SOURCE}, or train without --vgg19")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(VGG19_DIGEST):
         raise MisfError(
             f"{path}: SHA-256 starts with {digest[:8]}, expected {VGG19_DIGEST}: damaged, or another file; "
-            f"get {VGG19_URL}"
+            f"get {VGG19_SOURCE}"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
     vgg = Vgg19()
