@@ -118,7 +118,7 @@ def feature_matching_loss(of_prediction: Sequence[Tensor], of_image: Sequence[Te
     return torch.stack(terms).mean()
 
 
-VGG19_SOURCE = "torchvision's vgg19-dcbb9e9d.pth (548 MB; torchvision.models.VGG19_Weights.IMAGENET1K_V1.url says where)"
+VGG19_SOURCE = "torchvision's vgg19-dcbb9e9d.pth (548 MB; torchvision.models.VGG19_Weights.IMAGENET1K_V1.url)"
 VGG19_DIGEST = "dcbb9e9d"
 """The first digits of the file's SHA-256, which torchvision puts into its name."""
 

@@ -125,7 +125,7 @@ class Trainer:
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         if config.needs_vgg and vgg is None:
-            raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_URL} with --vgg19")
+            raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
         self.config, self.fabric, self.step = config, fabric, 0
         # On AVX2 processors channels-last makes the wide convolutions' backward slower, by a quarter of the step.
         on_gpu = fabric.device.type == "cuda"
