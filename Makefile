@@ -23,6 +23,9 @@ demo: $(VENV)/.export
 	$(BIN)/misf-export --checkpoint $(WEIGHTS) --fp16 -o demo/misf-small_fp16.onnx
 	$(BIN)/misf-verify demo/misf-small.onnx --checkpoint $(WEIGHTS)
 	$(BIN)/misf-verify demo/misf-small_fp16.onnx --checkpoint $(WEIGHTS)
+	@if $(BIN)/python -c "from importlib.util import find_spec as f; exit(not (f('tensorrt') or f('tensorrt_rtx')))"; \
+	then $(BIN)/misf-build demo/misf-small_fp16.onnx --no-plugin --fp16 -o demo/misf-small_fp16.plan; \
+	else echo "no TensorRT and no TensorRT for RTX here, so no engine is built"; fi
 	$(BIN)/misf-run demo/misf-small_fp16.onnx $(SAMPLES)/astronaut.jpg $(SAMPLES)/masks/astronaut.png \
 	    -o demo/astronaut_inpainted.png --concat --force
 	@echo "before, hole, after:" && ls $(CURDIR)/demo/*_concat.png
