@@ -145,11 +145,12 @@ def test_two_processes_compute_what_one_does(photographs: Path, tmp_path: Path) 
     assert [process.returncode for process in processes] == [0, 0], errors
     for alone, together in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert alone == pytest.approx(together, rel=1e-4)
-    # Not weight by weight: a bias before an instance norm has no gradient but rounding, of which Adam makes full steps.
+    # Not weight by weight, and only to 1e-3 (up to 3e-4 seen): a bias before an instance norm has no gradient but
+    # rounding, of which Adam makes full steps. The losses above are the sharp check.
     image, mask = samples(photographs, tiny_recipe()).sample(5)
     with torch.no_grad():
         one, two = (load_model(tmp_path / name / "ema.safetensors")(image[None], mask[None]) for name in ("one", "two"))
-    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
 
 
 def test_every_sample_is_used_once_however_the_work_is_split() -> None:
