@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
 from onnx import ModelProto
 
 from ..plugins import library
@@ -169,22 +168,6 @@ def _plugin(flavor: Flavor, options: EngineOptions) -> Path | None:
         raise EnvironmentMismatch(f"{error}; or build without it: --no-plugin (slower filter)") from error
 
 
-def for_parser(model: ModelProto, with_plugin: bool) -> bytes:
-    """Return the file as TensorRT gets it, so that every version takes the same way.
-
-    With the plugin the function body is dropped: before 10.7 a body wins over a plugin, later the other way round, and
-    without a body a plugin that is missing is an error. Without the plugin the body is put in place of its nodes.
-    """
-    if not with_plugin:
-        return bytes(onnx.inliner.inline_local_functions(model).SerializeToString())
-    bare = ModelProto()
-    bare.CopyFrom(model)
-    functions = [function for function in bare.functions if function.domain != onnx_op.DOMAIN]
-    del bare.functions[:]
-    bare.functions.extend(functions)
-    return bytes(bare.SerializeToString())
-
-
 def _build(
     flavor: Flavor,
     model: ModelProto,
@@ -200,7 +183,7 @@ def _build(
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11.x types always
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(for_parser(model, with_plugin)):
+    if not parser.parse(onnx_op.for_tensorrt(model, with_plugin)):
         raise MisfError(f"{flavor.title} cannot parse {source}: {_parser_error(parser)}")
     obtained = network_types(trt, network)
     prove_precision(asked, obtained, float_types(model), source)

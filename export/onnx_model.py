@@ -102,7 +102,7 @@ def _tidy(model: ModelProto) -> None:
     renamed = {name.name: name.name.removeprefix("network.") for name in graph.initializer}
     for initializer in graph.initializer:
         initializer.name = renamed[initializer.name]
-    filters = iter(["feature_filter", "image_filter"] if len(onnx_op.filter_nodes(model)) == 2 else ["filter"])
+    filters = iter(onnx_op.filter_names(len(onnx_op.filter_nodes(model))))
     for node in graph.node:
         del node.metadata_props[:]
         node.doc_string = ""

@@ -14,7 +14,9 @@ from ..plugins.cli_support import command, print_json
 from ..plugins.errors import AccuracyError, EnvironmentMismatch
 
 if TYPE_CHECKING:
+    from ..training.checkpoint import Checkpoint
     from .accuracy import CaseResult, Tolerance
+    from .layers import LayerResult
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Size(click.ParamType):  # type: ignore[type-arg] # no generic before click
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
 @click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
 @click.option("--min-psnr", type=float, help="Least PSNR in the hole, dB.  [default: fp16: 50, bf16: 45]")
+@click.option("--layers", is_flag=True, help="Compare every convolution and filter too: which layer is it?")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     model: Path,
@@ -66,60 +69,86 @@ def main(
     device: str | None,
     max_abs: float | None,
     min_psnr: float | None,
+    layers: bool,
     as_json: bool,
 ) -> None:
     """Compare MODEL with the PyTorch reference on photographs; exit 3 when it is not near enough.
 
-    Several sizes, one not square, one that must be padded, one a batch of two.
+    Several sizes, one not square, one that must be padded, one a batch of two. --layers adds a table of every
+    convolution and filter at the size that came out worst, for .onnx and, on a GPU, for .plan files.
 
     \b
-    Example:
+    Examples:
         misf-verify best_fp16.onnx --checkpoint best.pt
+        misf-verify best.plan --checkpoint best.pt --layers
     """
     if importlib.util.find_spec("torch") is None:
         raise EnvironmentMismatch(
             "misf-verify compares with PyTorch, which is not installed: pip install 'misf[export]'"
         )
+    from ..training.checkpoint import build_model
     from . import accuracy
-    from .backends import open_backend
+    from .backends import ENGINES, open_backend
 
+    if layers and model.suffix.lower() not in (".onnx", *ENGINES):
+        raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
+    if layers and backend == "openvino":
+        raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
+    if layers and backend == "auto" and model.suffix.lower() == ".onnx":
+        backend = "onnxruntime"
     inpaint = open_backend(model, backend=backend, device=device)
     file_precision = getattr(inpaint, "file_precision", inpaint.precision)
     tolerance = accuracy.tolerance(inpaint.precision, file_precision)
     if max_abs is not None or min_psnr is not None:
         tolerance = accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
     photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
-    results = _compare_all(inpaint, checkpoint, official, photographs, sizes)
+    network = build_model(_load(inpaint, checkpoint, official))
+    reference = accuracy.torch_reference(network)
+    cases = list(accuracy.cases(photographs, sizes or accuracy.default_sizes(getattr(inpaint, "limits", None))))
+    results = [accuracy.compare(inpaint, reference, *case) for case in cases]
     faults = [fault for result in results for fault in result.faults(tolerance)]
-    _report(results, faults, tolerance, model, inpaint, as_json)
+    inside = None
+    if layers:
+        furthest = max(range(len(cases)), key=lambda index: -results[index].psnr_hole_db)
+        inside = _compare_layers(model, network, inpaint.device, *cases[furthest])
+    _report(results, inside, faults, tolerance, model, inpaint, as_json)
     if faults:
         raise AccuracyError(
             f"{model} differs too much from {checkpoint}: {'; '.join(faults)}; to allow more, --max-abs or --min-psnr"
         )
 
 
-def _compare_all(
-    inpaint: Any,
-    checkpoint: Path,
-    official: bool,
-    photographs: list[Any],
-    sizes: tuple[tuple[int, int, int], ...],
-) -> list[CaseResult]:
-    from ..training.checkpoint import build_model, load_checkpoint
-    from . import accuracy
+def _load(inpaint: Any, checkpoint: Path, official: bool) -> Checkpoint:
+    from ..training.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint, official=official)
     made_of = getattr(inpaint, "checkpoint_sha256", loaded.sha256)
     if made_of != loaded.sha256:
         log.warning("the model was exported from another checkpoint (sha256 %s...), not %s", made_of[:12], checkpoint)
-    reference = accuracy.torch_reference(build_model(loaded))
-    cases = accuracy.cases(photographs, sizes or accuracy.default_sizes(getattr(inpaint, "limits", None)))
-    return [accuracy.compare(inpaint, reference, *case) for case in cases]
+    return loaded
+
+
+def _compare_layers(model: Path, network: Any, device: str, image: Any, mask: Any) -> list[LayerResult]:
+    from . import layers
+
+    found, graph = layers.model_layers(model, device, image, mask)
+    nodes = layers.layer_nodes(graph)
+    ops = {name: node.op_type for name, node in nodes.items()}
+    wanted = layers.reference_layers(network, image, mask)
+    return layers.compare_layers(wanted, found, layers.feeding_layers(graph), ops)
 
 
 def _report(
-    results: list[CaseResult], faults: list[str], tolerance: Tolerance, model: Path, inpaint: Any, as_json: bool
+    results: list[CaseResult],
+    inside: list[LayerResult] | None,
+    faults: list[str],
+    tolerance: Tolerance,
+    model: Path,
+    inpaint: Any,
+    as_json: bool,
 ) -> None:
+    from . import layers
+
     allowed = {"max_abs": tolerance.max_abs, "min_psnr_db": tolerance.min_psnr_db}
     if as_json:
         print_json(
@@ -132,6 +161,7 @@ def _report(
                 "passed": not faults,
                 "faults": faults,
                 "cases": [result.to_dict() for result in results],
+                **({} if inside is None else layers.layers_document(inside)),
             }
         )
         return
@@ -141,5 +171,9 @@ def _report(
 
     title = f"{model.name} ({inpaint.precision}, {inpaint.name}, {inpaint.device}) against PyTorch float32"
     Console().print(results_table(results, title))
+    if inside is not None:
+        Console().print(layers.layers_table(inside))
+        most = layers.worst(inside)
+        click.echo(f"worst layer: {most.name} ({most.op}) adds {most.added:.1e} to the relative error")
     asked = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
     click.echo(f"{'FAILED' if faults else 'passed'} ({asked or 'finite values, known pixels equal'})")

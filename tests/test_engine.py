@@ -24,9 +24,9 @@ from onnx import TensorProto, helper, numpy_helper
 from misf.export import cli as export_cli
 from misf.export import engine as engine_module
 from misf.export.build_cli import main as build_command
-from misf.export.engine import EngineOptions, build_engine, for_parser, inspected_types, other_tools, prove_precision
+from misf.export.engine import EngineOptions, build_engine, inspected_types, other_tools, prove_precision
 from misf.export.progress import cancellable, make_monitor
-from misf.plugins.dynamic_filter.onnx_op import filter_nodes
+from misf.plugins.dynamic_filter.onnx_op import filter_nodes, for_tensorrt
 from misf.plugins.errors import AccuracyError, EnvironmentMismatch, MisfError
 from misf.plugins.files import sha256
 from misf.runtime import tensorrt_api
@@ -215,7 +215,7 @@ def test_what_the_parser_gets(tiny_onnx: Path) -> None:
     """Without the plugin: standard ops only, same numbers. With it: nodes with their attributes and no body."""
     model = onnx.load(tiny_onnx)
     assert len(filter_nodes(model)) == 2
-    plain = onnx.load_from_string(for_parser(model, with_plugin=False))
+    plain = onnx.load_from_string(for_tensorrt(model, with_plugin=False))
     assert not plain.functions
     assert {node.domain for node in plain.graph.node} <= {"", "ai.onnx"}
     rng = np.random.default_rng(0)
@@ -225,7 +225,7 @@ def test_what_the_parser_gets(tiny_onnx: Path) -> None:
         for source in (model, plain)
     ]
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=0, atol=1e-6)
-    bare = onnx.load_from_string(for_parser(model, with_plugin=True))
+    bare = onnx.load_from_string(for_tensorrt(model, with_plugin=True))
     assert not bare.functions
     assert len(filter_nodes(bare)) == 2
     assert len(model.functions) == 1  # ours is untouched

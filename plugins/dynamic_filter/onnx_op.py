@@ -6,7 +6,7 @@ a runtime that knows the op takes its own implementation instead. Definition: `o
 
 from __future__ import annotations
 
-from onnx import FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, defs, helper, parser
+from onnx import FunctionProto, ModelProto, NodeProto, OperatorSetIdProto, TensorProto, defs, helper, inliner, parser
 
 OP_TYPE = "DynamicFilter"
 DOMAIN = "misf"
@@ -96,6 +96,27 @@ def function_body(kernel_size: int) -> FunctionProto:
 def filter_nodes(model: ModelProto) -> list[NodeProto]:
     """Return the model's DynamicFilter nodes, in graph order."""
     return [node for node in model.graph.node if node.op_type == OP_TYPE and node.domain == DOMAIN]
+
+
+def filter_names(count: int) -> list[str]:
+    """Return what the `count` filters of a network are called in our files, in the order in which they compute."""
+    return ["feature_filter", "image_filter"] if count == 2 else ["filter"] * count
+
+
+def for_tensorrt(model: ModelProto, with_plugin: bool) -> bytes:
+    """Return the file as TensorRT's parser gets it, so that every version takes the same way.
+
+    With the plugin the function body is dropped: before 10.7 a body wins over a plugin, later the other way round, and
+    without a body a plugin that is missing is an error. Without the plugin the body is put in place of its nodes.
+    """
+    if not with_plugin:
+        return bytes(inliner.inline_local_functions(model).SerializeToString())
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    functions = [function for function in bare.functions if function.domain != DOMAIN]
+    del bare.functions[:]
+    bare.functions.extend(functions)
+    return bytes(bare.SerializeToString())
 
 
 def attach_function(model: ModelProto) -> None:
