@@ -76,7 +76,7 @@ def our_step(config: Any, precision: str) -> Callable[[Tensor, Tensor], None]:
     """Return the step of misf-train."""
     from misf.training.trainer import Trainer, make_fabric
 
-    trainer = Trainer(config, make_fabric("auto", precision))
+    trainer = Trainer(config, make_fabric("auto", precision), save_memory=True)
     device = trainer.fabric.device
 
     def step(image: Tensor, mask: Tensor) -> None:

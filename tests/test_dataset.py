@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,20 @@ def test_zoom_and_small_pictures(tmp_path: Path) -> None:
     enlarged = TrainingSamples(Pictures([tmp_path / "ramp.png"]), RandomMasks(), crop=200, flip=False)
     row = enlarged.sample_bytes(0)[0][20, :, 0].astype(float)
     assert np.polyfit(np.arange(10, 190), row[10:190], 1)[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_shuffled_colors_are_all_six_orders_and_nothing_else(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.png", 48, 61)
+
+    def samples(shuffle: bool) -> TrainingSamples:
+        return TrainingSamples(Pictures([path]), RandomMasks(), crop=48, flip=False, shuffle_colors=shuffle)
+
+    orders = set()
+    for index in range(40):
+        picture, _ = samples(True).sample_bytes(index)
+        plain, _ = samples(False).sample_bytes(index)
+        orders |= {order for order in permutations(range(3)) if np.array_equal(picture, plain[:, :, order])}
+    assert orders == set(permutations(range(3)))
 
 
 def test_whole_pictures(tmp_path: Path) -> None:

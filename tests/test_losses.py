@@ -65,7 +65,18 @@ def test_hole_and_known_losses_look_only_where_they_say() -> None:
     assert float(losses.known_loss(prediction, image, mask)) == pytest.approx((known[0] + known[1] + 0) / 3)
 
 
-@pytest.mark.parametrize("name", ["l1_over_mask", "hole_loss", "known_loss"])
+def test_psnr_loss_is_minus_the_mean_psnr() -> None:
+    prediction, image, mask = batch()
+    expected = []
+    for p, i, m in zip(*map(Tensor.numpy, (prediction, image, mask)), strict=True):
+        expected.append(np.square(p - i)[:, m[0] > 0.5].mean())
+    psnr_db = -10 * np.log10(expected).mean()
+    assert float(losses.psnr_loss(prediction, image, mask)) == pytest.approx(-psnr_db * np.log(10) / 10, rel=1e-2)
+    exact = np.log(np.array(expected) + 2e-4).mean()
+    assert float(losses.psnr_loss(prediction, image, mask)) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("name", ["l1_over_mask", "hole_loss", "psnr_loss", "known_loss"])
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_empty_and_full_masks_give_numbers_and_gradients(name: str, fill: float) -> None:
     prediction, image, mask = batch()

@@ -237,7 +237,7 @@ def test_rates() -> None:
 
 def test_it_learns(photographs: Path, tmp_path: Path) -> None:
     """From nothing to a better picture than the start's and than grey, in some hundred steps."""
-    config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"], relative=False)
+    config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"])
     config = replace(config, steps=150, batch=4, crop=32, learning_rate=3e-3)
     trainer = Trainer(config, make_fabric("cpu"))
     data = samples(photographs, config)

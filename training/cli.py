@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
-ANY_TIME = ("output", "resume", "device", "workers", *PACE)
+ANY_TIME = ("output", "resume", "device", "workers", "save_memory", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 
 
@@ -64,6 +64,7 @@ ANY_TIME = ("output", "resume", "device", "workers", *PACE)
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load pictures."
 )
+@click.option("--save-memory", is_flag=True, help="Keep less for the backward pass, compute it again: same numbers.")
 @click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between numbers.")
 @click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between states.")
 @click.option(
@@ -201,7 +202,13 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     if not fabric.is_global_zero:
         logging.getLogger("misf").setLevel(logging.ERROR)
     samples = _samples(settings, recipe)
-    trainer = Trainer(recipe, fabric, vgg=_vgg(settings, recipe), weights=_weights(settings))
+    trainer = Trainer(
+        recipe,
+        fabric,
+        vgg=_vgg(settings, recipe),
+        weights=_weights(settings),
+        save_memory=options["save_memory"],
+    )
     state = folder.read_state() if resume else None
     if state is not None:
         trainer.load_state(state)
@@ -241,7 +248,13 @@ def _samples(settings: dict[str, Any], recipe: TrainingConfig) -> TrainingSample
     pictures = Pictures(picture_paths(settings["data"]))
     pictures.preload()
     return TrainingSamples(
-        pictures, masks, crop=recipe.crop, seed=recipe.seed, zoom_out=recipe.zoom_out, whole=recipe.whole
+        pictures,
+        masks,
+        crop=recipe.crop,
+        seed=recipe.seed,
+        zoom_out=recipe.zoom_out,
+        whole=recipe.whole,
+        shuffle_colors=recipe.shuffle_colors,
     )
 
 

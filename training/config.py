@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 MULTIPLE = 4
 """Two strided convolutions: height and width where the layers work are multiples of this."""
 
+FILL_MULTIPLE = 16
+"""The widest scales of the smooth fill work at a sixteenth of the resolution."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -81,12 +84,13 @@ class NetworkConfig:
     @property
     def multiple(self) -> int:
         """Height and width inside the network are multiples of this."""
-        return MULTIPLE * self.scale
+        return max(MULTIPLE * self.scale, FILL_MULTIPLE if self.fill_first else 1)
 
     @property
     def minimum_side(self) -> int:
         """Smallest height and width inside the network: reflection needs more pixels than it pads."""
-        return self.multiple * (max(self.residual_dilations, default=1) + 1)
+        smallest = MULTIPLE * self.scale * (max(self.residual_dilations, default=1) + 1)
+        return -(-smallest // self.multiple) * self.multiple
 
     def padded_side(self, side: int) -> int:
         """Return the height or width that the network works at for a picture of `side` pixels."""

@@ -193,6 +193,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
             Pictures smaller than the crop are enlarged to fit.
         flip: mirror every other crop left to right.
         whole: no random crops: the middle square of each picture, resized, as the official recipe trains.
+        shuffle_colors: put the three colour channels in a random order.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         zoom_out: float = 1.0,
         flip: bool = True,
         whole: bool = False,
+        shuffle_colors: bool = False,
     ) -> None:
         if not len(pictures):
             raise MisfError("no pictures to train with")
@@ -219,6 +221,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         self.zoom_out = zoom_out
         self.flip = flip
         self.whole = whole
+        self.shuffle_colors = shuffle_colors
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -230,8 +233,8 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
     def sample(self, index: int) -> tuple[Tensor, Tensor]:
         """Return (image, mask) number `index`: float32 3,H,W RGB in [0,1] and float32 1,H,W, 1 = hole."""
         picture, hole = self.sample_bytes(index)
-        image = torch.from_numpy(picture.transpose(2, 0, 1).copy()).float().div_(255)
-        return image, torch.from_numpy(hole[None].astype(np.float32))
+        image = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32) / np.float32(255)
+        return torch.from_numpy(image), torch.from_numpy(hole[None].astype(np.float32))
 
     def sample_bytes(self, index: int) -> tuple[Picture, Mask]:
         """Return (picture, hole) number `index`: uint8 H,W,3 RGB and bool H,W, True = hole."""
@@ -269,4 +272,6 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         if side != self.crop:
             resized = Image.fromarray(square).resize((self.crop, self.crop), Image.Resampling.LANCZOS)
             square = np.asarray(resized)
+        if self.shuffle_colors:
+            square = square[:, :, rng.permutation(3)]
         return np.ascontiguousarray(square[:, ::-1] if flipped else square)

@@ -7,9 +7,12 @@ makes both sets of taps, looking at the filtering branch's features on its way (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..plugins.dynamic_filter.op import dynamic_filter
 from .config import NetworkConfig
@@ -22,14 +25,27 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.dilation = dilation
         self.norm = F.instance_norm if normalize else _identity
+        self.recompute = False
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
         self.conv2 = nn.Conv2d(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
-        y = self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect"))
-        y = self.conv2(F.pad(F.relu(self.norm(y)), (1, 1, 1, 1), mode="reflect"))
+        y = between(self.recompute, lambda x: self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect")), x)
+        y = between(self.recompute, lambda y: self.conv2(F.pad(F.relu(self.norm(y)), (1, 1, 1, 1), mode="reflect")), y)
         return x + self.norm(y)
+
+
+def between(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return function(*inputs), a convolution and what is before it.
+
+    recompute: keep `inputs` alone for the backward pass, which computes again what is before the convolution (norm,
+    ReLU, padding, concatenation), but not the convolution: nothing behind it is asked for.
+    """
+    if not (recompute and torch.is_grad_enabled()):
+        return function(*inputs)
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -51,6 +67,7 @@ class PredictionBranch(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
+        self.recompute = False
         width, convs, levels = config.prediction_width, config.prediction_convs, config.prediction_levels
         linked = 2 * width + 2 * config.width  # level 2's output beside the features of the filtering branch
         inputs, outputs = (4, width, linked, 4 * width), (width, 2 * width, 4 * width, 8 * width)
@@ -66,11 +83,18 @@ class PredictionBranch(nn.Module):
 
     def image_filter_taps(self, full: Tensor, half: Tensor, quarter: Tensor) -> Tensor:
         """Return the image filter's taps N,3*K*K,H,W from what the branch saw at the three resolutions."""
-        x = self.up3(torch.cat([quarter, self.down[3](quarter)], dim=1))
-        x = self.up2(torch.cat([half, _enlarge(x, 2)], dim=1))
-        x = self.up1(torch.cat([full, _enlarge(x, 2)], dim=1))
+        x = self._joined(self.up3, quarter, self.down[3](quarter), 1)
+        x = self._joined(self.up2, half, x, 2)
+        x = self._joined(self.up1, full, x, 2)
         taps: Tensor = self.image_taps(x)
         return taps
+
+    def _joined(self, block: nn.Sequential, beside: Tensor, x: Tensor, factor: int) -> Tensor:
+        first, *rest = block
+        x = between(self.recompute, lambda a, b: first(torch.cat([a, _enlarge(b, factor)], dim=1)), beside, x)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 def _enlarge(x: Tensor, factor: int) -> Tensor:
@@ -85,6 +109,7 @@ class InpaintingNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.norm = F.instance_norm if config.normalize else _identity
         width = config.width
         self.stem = nn.Conv2d(4, width, 7)
@@ -102,6 +127,12 @@ class InpaintingNetwork(nn.Module):
         )
         self.head = nn.Conv2d(width, 3, 7)
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
+
+    def save_memory(self) -> None:
+        """From now on keep less for the backward pass, and compute it again there: same numbers (see `between`)."""
+        for module in self.modules():
+            if isinstance(module, InpaintingNetwork | PredictionBranch | ResidualBlock):
+                module.recompute = True
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the predicted picture, float32 N,3,H,W in [0,1], of any height and width.
@@ -148,9 +179,9 @@ class InpaintingNetwork(nn.Module):
                 taps = self.prediction.feature_taps(seen[-1])
                 features = dynamic_filter(features, taps, config.kernel_size, config.share)
         features = self.middle(features)
-        for up in self.up:
-            features = F.relu(self.norm(up(features)))
-        picture: Tensor = self.head(_reflect_border(features))
+        features = self.up[0](features)
+        features = between(self.recompute, lambda x: self.up[1](F.relu(self.norm(x))), features)
+        picture = between(self.recompute, lambda x: self.head(_reflect_border(F.relu(self.norm(x)))), features)
         if base is not None:
             picture = picture + base
         if self.prediction is not None and config.image_filter:
@@ -172,27 +203,32 @@ def smooth_fill(x: Tensor) -> Tensor:
     """Return the picture N,3,H,W of a network input N,4,H,W with its holes filled by wide to narrow local averages.
 
     Normalised convolution: every scale averages the known pixels within its reach, and keeps the wider scale's
-    estimate where it sees few of them. Wide scales work on a smaller picture. H and W must be multiples of 4.
+    estimate where it sees few of them. Wide scales work on a smaller picture. H and W must be multiples of 16.
     """
     known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)
     mean = known.mean(dim=(2, 3), keepdim=True)
     estimate = (mean[:, :3] + 0.5 * _LITTLE) / (mean[:, 3:] + _LITTLE)
-    for shrunk, sizes in _FILL_SIZES:
-        smaller = F.avg_pool2d(known, shrunk) if shrunk > 1 else known
+    shrunk = [known]
+    for _ in _FILL_SIZES[1:]:
+        shrunk.append(F.avg_pool2d(shrunk[-1], 2))
+    for sizes in _FILL_SIZES:
+        smaller = shrunk.pop()
         for size in sizes:
             nearby = _box(_box(smaller, size), size)  # two boxes make a tent: no visible edges
             estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
-        if shrunk > 1:
+        if shrunk:
             estimate = _enlarge(estimate, 2)
     return x[:, :3] + x[:, 3:] * estimate
 
 
-_FILL_SIZES = ((4, (65, 33, 17, 9, 5, 3)), (2, (3,)), (1, (3,)))
+_FILL_SIZES = ((17, 9, 5, 3), (3,), (3,), (3,), (3,))  # at 1/16, 1/8, 1/4, 1/2 and full resolution
 _PRIOR = 0.02  # the wider estimate counts like this share of known pixels; 0.003 to 0.1 differ by 0.1 dB
 _LITTLE = 1e-3  # a picture without any known pixel becomes grey
 
 
 def _box(x: Tensor, size: int) -> Tensor:
+    if size == 3:
+        return F.avg_pool2d(x, 3, stride=1, padding=1)
     x = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0))
     return F.avg_pool2d(x, (1, size), stride=1, padding=(0, size // 2))
 

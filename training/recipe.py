@@ -10,6 +10,7 @@ from typing import Any
 from .config import NetworkConfig
 
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 ADVERSARIAL = ("nsgan", "lsgan", "hinge")
 ABLATIONS: dict[str, dict[str, Any]] = {
     "none": {"feature_filter_level": 0, "image_filter": False},
@@ -39,6 +40,8 @@ class TrainingConfig:
     crop: int = 256
     zoom_out: float = 1.0
     whole: bool = False
+    shuffle_colors: bool = False
+    """Each sample's colour channels change places: six times the pictures, for small collections."""
 
     l1: float = 1.0
     """L1 over the whole prediction, divided by the mask's mean."""
@@ -48,6 +51,8 @@ class TrainingConfig:
     hole_coarse: float = 0.5
     relative: bool = False
     """Each sample's hole loss is divided by that of the smooth fill: easy and hard pictures count alike."""
+    psnr: float = 0.0
+    """Logarithm of the mean square in the hole, sample by sample: what the mean of PSNR measures."""
     draft: float = 0.0
     """A second head, for training only, draws the whole picture from the decoder's features: `losses.draft_loss`.
     A network that only corrects a smooth fill first learns to be silent in holes; this keeps it awake. The weight falls
@@ -60,6 +65,8 @@ class TrainingConfig:
     style: float = 250.0
     feature_matching: float = 0.0
 
+    optimizer: str = "adamw"
+    """adamw, or muon for the weights and adamw for the biases (`optimizers.py`)."""
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.0, 0.9)
     weight_decay: float = 0.0
@@ -87,6 +94,8 @@ class TrainingConfig:
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if self.adversarial_kind not in ADVERSARIAL:
             raise ValueError(f"adversarial_kind must be one of {', '.join(ADVERSARIAL)}, got {self.adversarial_kind!r}")
         if min(self.weights.values()) < 0 or not any(self.weights.values()):
@@ -99,7 +108,7 @@ class TrainingConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every loss of the generator, by name."""
-        names = ("l1", "hole", "draft", "known", "adversarial", "perceptual", "style", "feature_matching")
+        names = ("l1", "hole", "psnr", "draft", "known", "adversarial", "perceptual", "style", "feature_matching")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -144,21 +153,21 @@ RECIPES: dict[str, TrainingConfig] = {
     "paper": TrainingConfig(),
     "fidelity": TrainingConfig(
         steps=20_000,
-        batch=16,
+        batch=8,
         zoom_out=1.25,
+        shuffle_colors=True,
         l1=0.0,
-        hole=0.5,
-        hole_squared=2.0,
-        hole_coarse=0.0,
-        relative=True,
+        psnr=1.0,
         adversarial=0.0,
         perceptual=0.0,
         style=0.0,
-        learning_rate=1.2e-3,
+        optimizer="muon",
+        learning_rate=4e-3,
         betas=(0.9, 0.99),
         clip=1.0,
         schedule="cosine",
         warm_up=40,
+        ema_decay=0.998,
     ),
 }
 """`paper`: Places2 or CelebA, days on a GPU. `fidelity`: no adversary, PSNR and SSIM first, for misf-small."""

@@ -27,6 +27,7 @@ from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
 from .network import InpaintingNetwork, composite, initialize, network_input, smooth_fill
+from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .run_files import RunFolder, RunLog
 
@@ -113,6 +114,7 @@ class Trainer:
         fabric: from `make_fabric`.
         vgg: frozen VGG-19, when the recipe compares its features.
         weights: what the generator starts from, instead of random weights.
+        save_memory: keep less for the backward pass; same numbers (`InpaintingNetwork.save_memory`).
 
     """
 
@@ -123,6 +125,7 @@ class Trainer:
         *,
         vgg: losses.Vgg19 | None = None,
         weights: dict[str, Tensor] | None = None,
+        save_memory: bool = False,
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
@@ -138,17 +141,18 @@ class Trainer:
         network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.network = network
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
+        if save_memory:
+            network.save_memory()
         student = Student(network, config.draft > 0).to(memory_format=self.layout)  # type: ignore[call-overload]
-        optimizer = torch.optim.AdamW(
-            student.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-        self.generator, self.optimizer = fabric.setup(student, optimizer)
+        optimizers = make_optimizers(student, config)
+        self.generator, *wrapped = fabric.setup(student, *(optimizer for optimizer, _ in optimizers))
+        self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
         if config.adversarial:
             judge = PatchDiscriminator().to(memory_format=self.layout)  # type: ignore[call-overload]
             rate = config.learning_rate * config.discriminator_rate
-            judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas)
+            judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas, fused=True)
             self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
 
     def batches(self, samples: TrainingSamples, workers: int = 0) -> Iterator[Batch]:
@@ -169,7 +173,7 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> Numbers:
         """Make one step of both networks on the next `accumulate` batches; return its losses, as yet unread."""
         config = self.config
-        for optimizer, share in self._optimizers():
+        for optimizer, share in self._every_optimizer():
             optimizer.param_groups[0]["lr"] = config.rate(self.step) * share
             optimizer.zero_grad(set_to_none=True)
         totals: Numbers = {}
@@ -178,17 +182,16 @@ class Trainer:
                 value = value.detach() / config.accumulate
                 totals[name] = totals[name] + value if name in totals else value
         if config.clip:
-            norm = self.fabric.clip_gradients(self.generator, self.optimizer, max_norm=config.clip)
-            assert norm is not None
-            totals["gradient"] = norm
-        for optimizer, _ in self._optimizers():
+            totals["gradient"] = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip)
+        for optimizer, _ in self._every_optimizer():
             optimizer.step()
         self.step += 1
         self._update_average()
         return totals
 
-    def _optimizers(self) -> Iterator[tuple[Any, float]]:
-        yield self.optimizer, 1.0
+    def _every_optimizer(self) -> Iterator[tuple[Any, float]]:
+        """Yield each optimizer with its share of the learning rate."""
+        yield from self.optimizers
         if self.discriminator is not None:
             yield self.discriminator_optimizer, self.config.discriminator_rate
 
@@ -237,6 +240,8 @@ class Trainer:
             terms["hole"] = losses.hole_loss(
                 prediction, image, mask, squared=config.hole_squared, coarse=config.hole_coarse, baseline=baseline
             )
+        if config.psnr:
+            terms["psnr"] = losses.psnr_loss(prediction, image, mask)
         if draft is not None:
             terms["draft"] = losses.draft_loss(draft.float(), image, mask, baseline)
         if config.known:
@@ -291,7 +296,7 @@ class Trainer:
             "step": self.step,
             "generator": self.generator.module.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "random": torch.get_rng_state(),
         }
         if self.discriminator is not None:
@@ -306,7 +311,8 @@ class Trainer:
         self.step = state["step"]
         self.generator.module.load_state_dict(state["generator"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.discriminator is not None:
             self.discriminator.module.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

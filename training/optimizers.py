@@ -1,0 +1,83 @@
+"""The generator's optimizers: AdamW for everything, or Muon for the convolutions and AdamW for their biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import TrainingConfig
+
+BIAS_RATE = 0.25
+"""AdamW's rate beside Muon's, as a share of it: Muon's rates are for updates whose singular values are near 1."""
+
+
+def make_optimizers(module: nn.Module, config: TrainingConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Return the optimizers of a network's parameters, each with its share of the recipe's learning rate."""
+    parameters = list(module.parameters())
+
+    def adamw(which: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            which, config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+
+    if config.optimizer == "adamw":
+        return [(adamw(parameters), 1.0)]
+    weights = [parameter for parameter in parameters if parameter.ndim > 1]
+    rest = [parameter for parameter in parameters if parameter.ndim <= 1]
+    muon = Muon(weights, config.learning_rate, weight_decay=config.weight_decay)
+    return [(muon, 1.0), (adamw(rest), BIAS_RATE)]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for weights of two dimensions and more.
+
+    A weight is the matrix of its first dimension and all others; its step is the momentum's nearest orthogonal matrix,
+    or nearly (singular values from 0.7 to 1.2). As torch.optim.Muon, which takes matrices only and computes in
+    bfloat16: on a CPU without it that takes as long as the network. On matrices both agree (tests/test_optimizers.py).
+
+    Args:
+        weights: to train.
+        lr: the learning rate, times sqrt(rows / columns) for matrices with more rows than columns.
+        momentum: of Nesterov's kind.
+        weight_decay: of AdamW's kind.
+
+    """
+
+    def __init__(self, weights: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Make one step; a closure, if given, is called first for the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, weight.grad, group["lr"], group["momentum"], group["weight_decay"])
+        return loss
+
+    def _update(self, weight: Tensor, gradient: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        mean = state["momentum"].lerp_(gradient, 1 - momentum)
+        rows, columns = weight.shape[0], weight[0].numel()
+        change = orthogonalized(gradient.lerp(mean, momentum).flatten(1)).reshape(weight.shape)
+        weight.mul_(1 - lr * weight_decay)
+        weight.add_(change, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalized(x: Tensor) -> Tensor:
+    """Return the matrix near U V^T for x = U S V^T, by five Newton-Schulz steps; the factors are Jordan's."""
+    turned: Tensor = x.T if x.shape[0] > x.shape[1] else x
+    y: Tensor = turned / turned.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return y.T if turned is not x else y
