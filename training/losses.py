@@ -28,26 +28,15 @@ def l1_over_mask(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     return (l1 / mask.mean(dim=(1, 2, 3)).clamp(min=1e-3)).mean()
 
 
-def hole_loss(
-    prediction: Tensor,
-    image: Tensor,
-    mask: Tensor,
-    *,
-    squared: float = 4.0,
-    coarse: float = 0.5,
-    baseline: Tensor | None = None,
-) -> Tensor:
+def hole_loss(prediction: Tensor, image: Tensor, mask: Tensor, *, squared: float = 4.0, coarse: float = 0.5) -> Tensor:
     """Return L1 in the hole, plus `squared` x its mean square, plus `coarse` x L1 of its 4x4 means.
 
-    The square is what PSNR measures; the means reward the right colour of a region before its detail. H and W must be
-    multiples of 4.
+    The means reward the right colour of a region before its detail. H and W must be multiples of 4.
 
     Args:
         prediction, image: N,3,H,W.
         mask: N,1,H,W.
         squared, coarse: weights.
-        baseline: N,3,H,W: a simple method's picture. Each sample's terms are then divided by the baseline's own, so
-            that a noisy picture does not outshout ten calm ones: the mean of PSNR gains has the same habit.
 
     """
     pixels = (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
@@ -58,10 +47,6 @@ def hole_loss(
     error = (prediction - image) * mask
     l1, l2 = per_sample(error.abs()), per_sample(error.square())
     pooled = per_sample(F.avg_pool2d(error, 4).abs()) * 16
-    if baseline is not None:
-        known = ((baseline - image) * mask).detach()
-        l1_unit, l2_unit = per_sample(known.abs()) + 0.02, per_sample(known.square()) + 0.002
-        l1, l2, pooled = l1 / l1_unit, l2 / l2_unit, pooled / l1_unit
     return (l1 + squared * l2 + coarse * pooled).mean()
 
 
@@ -73,26 +58,6 @@ def psnr_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """
     square = ((prediction - image) * mask).square().sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
     return torch.log(square + 2e-4).mean()
-
-
-def draft_loss(draft: Tensor, image: Tensor, mask: Tensor, baseline: Tensor | None = None) -> Tensor:
-    """Return L1 in the hole, plus half of L1 everywhere, of a whole picture drawn from the decoder's features.
-
-    Args:
-        draft: N,3,h,w, the features' resolution; image and mask are shrunk to it.
-        image, mask, baseline: as in `hole_loss`.
-
-    """
-    scale = image.shape[2] // draft.shape[2]
-    image, mask = F.avg_pool2d(image, scale), F.avg_pool2d(mask, scale)
-    pixels = (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
-    error = (draft - image).abs()
-    hole, everywhere = (error * mask).sum(dim=(1, 2, 3)) / pixels, error.mean(dim=(1, 2, 3))
-    loss = hole + 0.5 * everywhere
-    if baseline is not None:
-        known = (F.avg_pool2d(baseline, scale) - image).abs() * mask
-        loss = loss / (known.sum(dim=(1, 2, 3)) / pixels + 0.02)
-    return loss.mean()
 
 
 def known_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:

@@ -49,14 +49,8 @@ class TrainingConfig:
     """L1 in the hole, with its square and that of its 4x4 means: `losses.hole_loss`."""
     hole_squared: float = 4.0
     hole_coarse: float = 0.5
-    relative: bool = False
-    """Each sample's hole loss is divided by that of the smooth fill: easy and hard pictures count alike."""
     psnr: float = 0.0
     """Logarithm of the mean square in the hole, sample by sample: what the mean of PSNR measures."""
-    draft: float = 0.0
-    """A second head, for training only, draws the whole picture from the decoder's features: `losses.draft_loss`.
-    A network that only corrects a smooth fill first learns to be silent in holes; this keeps it awake. The weight falls
-    to a fifth by the end."""
     known: float = 0.0
     """L1 outside the hole."""
     adversarial: float = 0.1
@@ -108,7 +102,7 @@ class TrainingConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every loss of the generator, by name."""
-        names = ("l1", "hole", "psnr", "draft", "known", "adversarial", "perceptual", "style", "feature_matching")
+        names = ("l1", "hole", "psnr", "known", "adversarial", "perceptual", "style", "feature_matching")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -26,7 +26,7 @@ from . import losses
 from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
-from .network import InpaintingNetwork, composite, initialize, network_input, smooth_fill
+from .network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .run_files import RunFolder, RunLog
@@ -81,31 +81,6 @@ class StepSampler(Sampler[int]):
                 yield from range(first, first + self.part)
 
 
-class Student(torch.nn.Module):
-    """The network in training, with a second head for drafts if `drafts`: (image, mask) -> prediction, draft or None.
-
-    The draft N,3,h,w has the decoder's resolution.
-    """
-
-    def __init__(self, network: InpaintingNetwork, drafts: bool) -> None:
-        super().__init__()
-        self.network = network
-        self.draft = torch.nn.Conv2d(network.config.width, 3, 7) if drafts else None
-        if drafts:
-            network.head.register_forward_pre_hook(self._keep)
-
-    def _keep(self, _head: torch.nn.Module, inputs: tuple[Tensor]) -> None:
-        self._features = inputs[0]
-
-    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return both heads' pictures; see the class."""
-        prediction = self.network(image, mask)
-        if self.draft is None:
-            return prediction, None
-        features, self._features = self._features, prediction  # the graph is not kept longer than the step
-        return prediction, self.draft(features) + 0.5
-
-
 class Trainer:
     """A run: both networks, their optimizers, the averaged weights, and the step it has reached.
 
@@ -143,9 +118,8 @@ class Trainer:
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
         if save_memory:
             network.save_memory()
-        student = Student(network, config.draft > 0).to(memory_format=self.layout)  # type: ignore[call-overload]
-        optimizers = make_optimizers(student, config)
-        self.generator, *wrapped = fabric.setup(student, *(optimizer for optimizer, _ in optimizers))
+        optimizers = make_optimizers(network, config)
+        self.generator, *wrapped = fabric.setup(network, *(optimizer for optimizer, _ in optimizers))
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
@@ -199,14 +173,14 @@ class Trainer:
         """Add the gradients of one batch to both networks: one forward of the generator, two of the discriminator."""
         share = 1 / self.config.accumulate
         with self._no_sync(self.generator, not last):
-            prediction, draft = self.generator(image, mask)
+            prediction = self.generator(image, mask)
             found: Numbers = {}
             real_features = None
             if self.discriminator is not None:
                 found["discriminator"], real_features = self._judge(prediction.detach(), image, share, last)
             with self.fabric.autocast():
-                terms = self._generator_terms(prediction, draft, image, mask, real_features)
-            weights = self._weights()
+                terms = self._generator_terms(prediction, image, mask, real_features)
+            weights = self.config.weights
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
             self.fabric.backward(total * share)
         return {**found, **terms, "total": total}
@@ -224,7 +198,6 @@ class Trainer:
     def _generator_terms(
         self,
         prediction: Tensor,
-        draft: Tensor | None,
         image: Tensor,
         mask: Tensor,
         real_features: list[Tensor] | None,
@@ -234,16 +207,12 @@ class Trainer:
         prediction = prediction.float()
         if config.l1:
             terms["l1"] = losses.l1_over_mask(prediction, image, mask)
-        with torch.no_grad():
-            baseline = smooth_fill(network_input(image, mask)) if config.relative else None
         if config.hole:
             terms["hole"] = losses.hole_loss(
-                prediction, image, mask, squared=config.hole_squared, coarse=config.hole_coarse, baseline=baseline
+                prediction, image, mask, squared=config.hole_squared, coarse=config.hole_coarse
             )
         if config.psnr:
             terms["psnr"] = losses.psnr_loss(prediction, image, mask)
-        if draft is not None:
-            terms["draft"] = losses.draft_loss(draft.float(), image, mask, baseline)
         if config.known:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
@@ -255,11 +224,6 @@ class Trainer:
             terms["perceptual"] = losses.perceptual_loss(of_prediction, of_image)
             terms["style"] = losses.style_loss(of_prediction, of_image)
         return terms
-
-    def _weights(self) -> dict[str, float]:
-        """Return the losses' weights in this step."""
-        share = 1 - 0.8 * self.step / self.config.steps
-        return {**self.config.weights, "draft": self.config.draft * share}
 
     def _passing_for_real(self, prediction: Tensor, real_features: list[Tensor]) -> Numbers:
         """Return the losses that the discriminator gives the generator; only the prediction gets gradients.

@@ -1,0 +1,150 @@
+"""What the filters bring: the same network with and without them, trained alike, measured alike, in one table.
+
+    python benchmarks/ablations.py --data photographs/ --val held-out/ --runs runs/ablations
+
+The paper's ablations (arXiv 2203.06304, table 4): no filter, the picture's alone, the features' alone at three levels,
+both. Every variant sees the same crops and masks in the same order; several seeds say how much of a difference is luck.
+Runs are misf-train's, in folders of their own under --runs: one that is there is resumed or, when finished, only
+measured. It can be interrupted at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+
+from misf.plugins.cli_support import command
+from misf.plugins.files import written_whole
+from misf.training.checkpoint import load_checkpoint
+from misf.training.config import PRESETS
+from misf.training.dataset import Pictures, picture_paths
+from misf.training.evaluate import Method, cases, evaluate, model_fill
+from misf.training.masks import BANDS, band_name
+from misf.training.recipe import ABLATIONS, RECIPES
+
+log = logging.getLogger("misf.benchmarks")
+
+FOLDER = click.Path(exists=True, path_type=Path)
+TITLES = {
+    "none": "no filter",
+    "image": "picture only",
+    "semantic-1": "features only, level 1",
+    "semantic-2": "features only, level 2",
+    "semantic-3": "features only, level 3",
+    "both": "both (level 3)",
+}
+
+
+@command("ablations.py")
+@click.option("--data", required=True, type=FOLDER, help="Folder or list of photographs to train on.")
+@click.option("--val", required=True, type=FOLDER, help="Folder or list of photographs to measure on.")
+@click.option("--runs", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the runs.")
+@click.option("--filters", multiple=True, type=click.Choice(list(ABLATIONS)), help="Variants.  [default: all six]")
+@click.option("--config", type=click.Choice(list(PRESETS)), default="misf-small", show_default=True)
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="fidelity", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True, help="Steps of each run.")
+@click.option("--crop", type=click.IntRange(min=8), default=144, show_default=True, help="Side of the crops.")
+@click.option("--seeds", type=click.IntRange(min=1), default=2, show_default=True, help="Runs of each variant.")
+@click.option("--device", default="auto", show_default=True, help="As misf-train's.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(__file__).parent / "results",
+    help="Folder for ablations.md and .json.  [default: benchmarks/results]",
+)
+def main(
+    data: Path, val: Path, runs: Path, filters: tuple[str, ...], seeds: int, output: Path, **settings: Any
+) -> None:
+    """Train every variant, measure all, write ablations.md and ablations.json, and print the table.
+
+    \b
+    Example:
+        python benchmarks/ablations.py --data photographs/ --val held-out/ --runs runs/ablations
+    """
+    names = [name for name in ABLATIONS if name in (filters or ABLATIONS)]
+    for seed in range(seeds):
+        for name in names:
+            train(runs / f"{name}-{seed}", name, seed, data, settings)
+    pictures = Pictures(picture_paths(val))
+    rows = []
+    for name in names:
+        weights = [runs / f"{name}-{seed}" / "ema.safetensors" for seed in range(seeds)]
+        rows.append({"filters": name, **measure(weights, pictures)})
+    report = {"data": data.name, "val": val.name, "pictures": len(pictures), "seeds": seeds, **settings, "rows": rows}
+    table = markdown(report)
+    output.mkdir(parents=True, exist_ok=True)
+    for path, text in (("ablations.json", json.dumps(report, indent=2) + "\n"), ("ablations.md", table)):
+        with written_whole(output / path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    click.echo(table)
+    log.info("written: %s", output / "ablations.{md,json}")
+
+
+def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, Any]) -> None:
+    """Bring a run to its last step."""
+    options = ["--data", data, "--filters", name, "--seed", seed, "--save-every", 100]
+    for option in ("config", "recipe", "steps", "crop"):
+        options += [f"--{option}", settings[option]]
+    if (folder / "state.pt").exists():
+        options = ["--resume"]
+    elif (folder / "run.json").exists():
+        (folder / "run.json").unlink()  # stopped before its first state: from the start
+    options += ["--output", folder, "--device", settings["device"]]
+    log.info("%s", folder)
+    subprocess.run([sys.executable, "-m", "misf.training.cli", *map(str, options)], check=True, env=os.environ)
+
+
+def measure(weights: list[Path], pictures: Pictures) -> dict[str, Any]:
+    """Return size, and the mean PSNR and SSIM of some runs per band with each run's mean PSNR over all."""
+    reports = []
+    for path in weights:
+        method = Method(path.parent.name, model_fill(path)[0])
+        for _ in evaluate([method], cases(pictures)):
+            pass
+        reports.append(method.report())
+    bands = {
+        band: {key: mean(report["bands"][band][key] for report in reports) for key in ("psnr_db", "ssim")}
+        for band in map(band_name, BANDS)
+    }
+    parameters = sum(tensor.numel() for tensor in load_checkpoint(weights[0]).weights.values())
+    return {"parameters": parameters, "bands": bands, "psnr_db": [report["all"]["psnr_db"] for report in reports]}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return the table in Markdown, with how it was made."""
+    bands = [band_name(band) for band in BANDS]
+    head = ["filters", "parameters", *(f"{band} {metric}" for band in bands for metric in ("PSNR", "SSIM"))]
+    head += ["all, PSNR", "seeds differ by"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in report["rows"]:
+        cells = [
+            f"{row['bands'][band][key]:{form}}" for band in bands for key, form in (("psnr_db", ".2f"), ("ssim", ".4f"))
+        ]
+        spread = f"{stdev(row['psnr_db']):.3f}" if len(row["psnr_db"]) > 1 else "-"
+        cells = [
+            TITLES[row["filters"]],
+            f"{row['parameters'] / 1e6:.2f} M",
+            *cells,
+            f"{mean(row['psnr_db']):.3f}",
+            spread,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{report['config']}, recipe {report['recipe']}, {report['steps']} steps on crops of {report['crop']}, "
+        f"means of {report['seeds']} seeds (the last column: their standard deviation), on {report['pictures']} "
+        f"photographs ({report['val']}), centre crops of 256x256, masks of seed 0. PSNR in dB.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
