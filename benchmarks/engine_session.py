@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from misf.export.engine import EngineOptions, build_engine
@@ -43,6 +45,7 @@ def main() -> int:
                         options = EngineOptions(backend=flavor, limits=LIMITS, without_plugin=without)
                         plan = build_engine(source, folder / "x.plan", options).path
                         print(title, *_compared(plan, reference, precision), sep="\n  ")
+                        print(f"  {_worst_layer(plan, folder / 'model.safetensors')}")
                     except (MisfError, ValueError, MemoryError) as error:
                         failed += 1
                         print(f"{title}: FAILED: {one_line(error)}")
@@ -62,6 +65,17 @@ def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[s
             f"{result.size}: largest difference {result.max_abs:.1e}, {result.psnr_hole_db:.1f} dB in the hole"
         )
     return lines
+
+
+def _worst_layer(plan: Path, checkpoint: Path) -> str:
+    """Return what misf-verify --layers says, in a process of its own: Polygraphy takes one TensorRT a process."""
+    if not find_spec("polygraphy"):
+        return "layers not compared: polygraphy is not installed"
+    command = [sys.executable, "-c", "from misf.runtime.verify_cli import main; main()", plan, "--checkpoint"]
+    done = subprocess.run([*map(str, command), str(checkpoint), "--layers"], capture_output=True, text=True)
+    if done.returncode:
+        raise MisfError(f"misf-verify --layers: exit code {done.returncode}: {done.stderr.splitlines()[-1:]}")
+    return next(line for line in done.stdout.splitlines() if line.startswith("worst layer"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ a fusion may move, or vanish.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -186,7 +187,8 @@ def model_layers(path: Path, device: str, image: Array, mask: Array) -> tuple[La
     outputs = [node.output[0] for node in nodes.values()]
     feeds = {"image": image, "mask": mask}
     try:
-        found = _on_tensorrt(path, model, outputs, feeds) if engine else _on_onnx_runtime(model, outputs, feeds, device)
+        run = functools.partial(_on_tensorrt, path) if engine else _on_onnx_runtime
+        found = run(model, outputs, feeds, device)
     except MisfError:
         raise
     except Exception as error:  # Polygraphy's and the runtimes' own share no base class
@@ -219,15 +221,21 @@ def _on_onnx_runtime(model: ModelProto, outputs: Sequence[str], feeds: Mapping[s
         return dict(runner.infer(dict(feeds)))
 
 
-def _on_tensorrt(path: Path, model: ModelProto, outputs: Sequence[str], feeds: Mapping[str, Array]) -> Layers:
-    info = read_info(path)
+def _on_tensorrt(
+    plan: Path, model: ModelProto, outputs: Sequence[str], feeds: Mapping[str, Array], device: str
+) -> Layers:
+    if device_index(device):
+        raise EnvironmentMismatch(
+            f"--layers runs on the first GPU that it sees, not on {device}: set CUDA_VISIBLE_DEVICES to that one"
+        )
+    info = read_info(plan)
     flavor = load_flavor(info.flavor)
     if info.plugin:
         use_plugin(flavor, None)
     builder = marked_engine(flavor, onnx_op.for_tensorrt(model, bool(info.plugin)), outputs, feeds)
     from polygraphy.backend.trt import TrtRunner, engine_from_bytes
 
-    log.info("building %s again with %d layers marked", path.name, len(outputs))
+    log.info("building %s again with %d layers marked", plan.name, len(outputs))
     with TrtRunner(engine_from_bytes(builder())) as runner:
         return {name: np.array(value) for name, value in runner.infer(dict(feeds)).items()}
 
