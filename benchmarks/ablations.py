@@ -29,6 +29,7 @@ from misf.training.dataset import Pictures, picture_paths
 from misf.training.evaluate import Method, cases, evaluate, model_fill
 from misf.training.masks import BANDS, band_name
 from misf.training.recipe import ABLATIONS, RECIPES
+from misf.training.run_files import RunFolder
 
 log = logging.getLogger("misf.benchmarks")
 
@@ -76,7 +77,7 @@ def main(
     pictures = Pictures(picture_paths(val))
     rows = []
     for name in names:
-        weights = [runs / f"{name}-{seed}" / "ema.safetensors" for seed in range(seeds)]
+        weights = [RunFolder(runs / f"{name}-{seed}").weights for seed in range(seeds)]
         rows.append({"filters": name, **measure(weights, pictures)})
     report = {"data": data.name, "val": val.name, "pictures": len(pictures), "seeds": seeds, **settings, "rows": rows}
     table = markdown(report)
@@ -90,13 +91,17 @@ def main(
 
 def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, Any]) -> None:
     """Bring a run to its last step."""
+    run = RunFolder(folder)
+    state = run.read_state()
+    if state and state["step"] >= settings["steps"]:
+        return
     options = ["--data", data, "--filters", name, "--seed", seed, "--save-every", 100]
     for option in ("config", "recipe", "steps", "crop"):
         options += [f"--{option}", settings[option]]
-    if (folder / "state.pt").exists():
+    if state:
         options = ["--resume"]
-    elif (folder / "run.json").exists():
-        (folder / "run.json").unlink()  # stopped before its first state: from the start
+    else:
+        run.settings.unlink(missing_ok=True)  # stopped before its first state: from the start
     options += ["--output", folder, "--device", settings["device"]]
     log.info("%s", folder)
     subprocess.run([sys.executable, "-m", "misf.training.cli", *map(str, options)], check=True, env=os.environ)
