@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from misf.plugins.cli_support import command
+from misf.plugins.errors import MisfError
 from misf.plugins.files import written_whole
 from misf.training.checkpoint import load_checkpoint
 from misf.training.config import PRESETS
@@ -51,7 +52,7 @@ TITLES = {
 @click.option("--filters", multiple=True, type=click.Choice(list(ABLATIONS)), help="Variants.  [default: all six]")
 @click.option("--config", type=click.Choice(list(PRESETS)), default="misf-small", show_default=True)
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="fidelity", show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=700, show_default=True, help="Steps of each run.")
+@click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True, help="Steps of each run.")
 @click.option("--crop", type=click.IntRange(min=8), default=144, show_default=True, help="Side of the crops.")
 @click.option("--seeds", type=click.IntRange(min=1), default=2, show_default=True, help="Runs of each variant.")
 @click.option("--device", default="auto", show_default=True, help="As misf-train's.")
@@ -78,7 +79,7 @@ def main(
     rows = []
     for name in names:
         weights = [RunFolder(runs / f"{name}-{seed}").weights for seed in range(seeds)]
-        rows.append({"filters": name, **measure(weights, pictures)})
+        rows.append({"filters": name, **measure(weights, pictures, settings["device"])})
     report = {"data": data.name, "val": val.name, "pictures": len(pictures), "seeds": seeds, **settings, "rows": rows}
     table = markdown(report)
     output.mkdir(parents=True, exist_ok=True)
@@ -93,8 +94,10 @@ def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, An
     """Bring a run to its last step."""
     run = RunFolder(folder)
     state = run.read_state()
-    if state and state["step"] >= settings["steps"]:
-        return
+    if state:
+        _check_same(run, name, seed, data, settings)
+        if state["step"] == settings["steps"]:
+            return
     options = ["--data", data, "--filters", name, "--seed", seed, "--save-every", 100]
     for option in ("config", "recipe", "steps", "crop"):
         options += [f"--{option}", settings[option]]
@@ -104,14 +107,27 @@ def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, An
         run.settings.unlink(missing_ok=True)  # stopped before its first state: from the start
     options += ["--output", folder, "--device", settings["device"]]
     log.info("%s", folder)
-    subprocess.run([sys.executable, "-m", "misf.training.cli", *map(str, options)], check=True, env=os.environ)
+    done = subprocess.run([sys.executable, "-m", "misf.training.cli", *map(str, options)], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise MisfError(f"the run in {folder} failed, see above: misf-train ended with exit code {done.returncode}")
 
 
-def measure(weights: list[Path], pictures: Pictures) -> dict[str, Any]:
+def _check_same(run: RunFolder, name: str, seed: int, data: Path, settings: dict[str, Any]) -> None:
+    """Raise MisfError unless the run that is there is the one that is asked for: the table says how it was made."""
+    recipe = RECIPES[settings["recipe"]]
+    recipe = recipe.without_vgg() if recipe.needs_vgg else recipe
+    network = replace(PRESETS[settings["config"]], **ABLATIONS[name])
+    wanted = replace(recipe, network=network, steps=settings["steps"], crop=settings["crop"], seed=seed)
+    there = run.read_settings()
+    if (there["recipe"], there["data"]) != (json.loads(wanted.to_json()), str(data.resolve())):
+        raise MisfError(f"{run.path} holds a run of another recipe, size, length or data: give another --runs")
+
+
+def measure(weights: list[Path], pictures: Pictures, device: str) -> dict[str, Any]:
     """Return size, and the mean PSNR and SSIM of some runs per band with each run's mean PSNR over all."""
     reports = []
     for path in weights:
-        method = Method(path.parent.name, model_fill(path)[0])
+        method = Method(path.parent.name, model_fill(path, device=device)[0])
         for _ in evaluate([method], cases(pictures)):
             pass
         reports.append(method.report())

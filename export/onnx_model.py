@@ -1,7 +1,7 @@
 """The network as one ONNX graph: any batch, height and width; the dynamic filter as a custom op with a function body.
 
-The traced network works on multiples of four pixels. Around it stand a few nodes that do what
-`InpaintingNetwork.forward` and `composite` do in PyTorch: empty the hole, reflect the picture up to a size that
+The traced network works on certain multiples of pixels (`NetworkConfig.multiple`). Around it stand a few nodes that do
+what `InpaintingNetwork.forward` and `composite` do in PyTorch: empty the hole, reflect the picture up to a size that
 fits, crop the prediction back, and put it into the hole.
 """
 

@@ -8,8 +8,8 @@ a fusion may move, or vanish.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ from ..plugins.errors import EnvironmentMismatch, MisfError
 from ..plugins.files import sha256
 from .accuracy import Array
 from .backends import ENGINES, device_index
+from .backends.cudart import cudart_folders
 from .engine_info import read_info
 from .tensorrt_api import Flavor, load_flavor, use_plugin
 
@@ -171,45 +172,71 @@ def model_layers(path: Path, device: str, image: Array, mask: Array) -> tuple[La
         image, mask: as in `accuracy.Inpaint`.
 
     Raises:
-        EnvironmentMismatch: Polygraphy is not installed; the ONNX file of an engine is not there.
-        MisfError: the marked model cannot be built or run.
+        EnvironmentMismatch: the ONNX file of an engine is not there.
+        MisfError: the marked model cannot be built or run; the message is Polygraphy's or the runtime's.
 
     """
     import onnx
 
-    for module in ("polygraphy", "onnx"):
-        if importlib.util.find_spec(module) is None:
-            raise EnvironmentMismatch(f"--layers needs {module}, which is not installed: pip install 'misf[layers]'")
     engine = path.suffix.lower() in ENGINES
-    source = _source_of(path) if engine else path
-    model = onnx.load(source)
+    model = onnx.load(source_of(path))
     nodes = layer_nodes(model)
     outputs = [node.output[0] for node in nodes.values()]
-    feeds = {"image": image, "mask": mask}
-    try:
-        run = functools.partial(_on_tensorrt, path) if engine else _on_onnx_runtime
-        found = run(model, outputs, feeds, device)
-    except MisfError:
-        raise
-    except Exception as error:  # Polygraphy's and the runtimes' own share no base class
-        raise MisfError(f"{path} does not run with its layers marked: {one_line(error)}") from error
+    run = functools.partial(_on_tensorrt, path) if engine else _on_onnx_runtime
+    if engine:
+        _choose_tensorrt(load_flavor(read_info(path).flavor))
+    with _heard() as errors:
+        try:
+            found = run(model, outputs, {"image": image, "mask": mask}, device)
+        except MisfError:
+            raise
+        except Exception as error:  # Polygraphy's and the runtimes' own share no base class
+            reason = f"{one_line(error)}: {errors[-1]}" if errors else one_line(error)
+            raise MisfError(f"{path} does not run with its layers marked: {reason}") from error
     return {name: found[node.output[0]] for name, node in nodes.items()}, model
 
 
-def _source_of(plan: Path) -> Path:
-    """Return the ONNX file that an engine was built of."""
-    info = read_info(plan)
-    source = plan.parent / info.onnx
+def source_of(path: Path) -> Path:
+    """Return the ONNX file of a model: itself, or what an engine was built of; EnvironmentMismatch without it."""
+    if path.suffix.lower() not in ENGINES:
+        return path
+    info = read_info(path)
+    source = path.parent / info.onnx
     if not source.is_file() or sha256(source) != info.onnx_sha256:
         raise EnvironmentMismatch(
-            f"the layers inside {plan} cannot be seen, and {info.onnx}, the ONNX file it was built of, is not beside "
+            f"the layers inside {path} cannot be seen, and {info.onnx}, the ONNX file it was built of, is not beside "
             f"it (sha256 {info.onnx_sha256[:12]}...): copy it there, or export an .onnx, build that, and look into it"
         )
     return source
 
 
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collect what Polygraphy and TensorRT say of errors, one line each, instead of printing it."""
+    from polygraphy.logger import G_LOGGER
+
+    errors: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno < G_LOGGER.CRITICAL:  # those come as exceptions too
+                errors.append(" ".join(record.getMessage().split()))
+
+    G_LOGGER.colors = G_LOGGER.letter = False
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    G_LOGGER.use_python_logging_system = True
+    python_logger, listener = logging.getLogger("Polygraphy"), Listener()
+    python_logger.addHandler(listener)
+    propagate, python_logger.propagate = python_logger.propagate, False
+    try:
+        yield errors
+    finally:
+        python_logger.propagate = propagate
+        python_logger.removeHandler(listener)
+        G_LOGGER.use_python_logging_system = False
+
+
 def _on_onnx_runtime(model: ModelProto, outputs: Sequence[str], feeds: Mapping[str, Array], device: str) -> Layers:
-    _quiet_polygraphy()
     from polygraphy.backend.onnx import modify_outputs
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 
@@ -242,8 +269,7 @@ def _on_tensorrt(
 
 def marked_engine(flavor: Flavor, model: bytes, outputs: Sequence[str], feeds: Mapping[str, Array]) -> Any:
     """Return Polygraphy's loader of the plan, for just the shapes of `feeds`, in which `outputs` can be read."""
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "0" if flavor.has_plugins else "1"  # read when it is imported
-    _quiet_polygraphy()
+    _choose_tensorrt(flavor)
     from polygraphy.backend.trt import (
         CreateConfig,
         EngineBytesFromNetwork,
@@ -259,12 +285,16 @@ def marked_engine(flavor: Flavor, model: bytes, outputs: Sequence[str], feeds: M
     return EngineBytesFromNetwork(network, config=CreateConfig(profiles=[profile], tf32=False))
 
 
-def _quiet_polygraphy() -> None:
-    """Keep Polygraphy's log to errors, and from installing packages by itself."""
-    os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
-    from polygraphy.logger import G_LOGGER
+def _choose_tensorrt(flavor: Flavor) -> None:
+    """Have Polygraphy take this TensorRT, and the libcudart that we know; it reads both when it is imported."""
+    wants_rtx = not flavor.has_plugins
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(wants_rtx))
+    folders = [*cudart_folders(), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
+    import polygraphy.config
 
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    if wants_rtx != polygraphy.config.USE_TENSORRT_RTX:
+        raise MisfError("Polygraphy was imported before and keeps to one TensorRT: use a new process for the other")
 
 
 def layers_document(results: Sequence[LayerResult]) -> dict[str, Any]:

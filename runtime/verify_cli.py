@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins.cli_support import command, print_json
-from ..plugins.errors import AccuracyError, EnvironmentMismatch
+from ..plugins.errors import AccuracyError, EnvironmentMismatch, MisfError
 
 if TYPE_CHECKING:
     from ..training.checkpoint import Checkpoint
@@ -88,14 +88,10 @@ def main(
         )
     from ..training.checkpoint import build_model
     from . import accuracy
-    from .backends import ENGINES, open_backend
+    from .backends import open_backend
 
-    if layers and model.suffix.lower() not in (".onnx", *ENGINES):
-        raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
-    if layers and backend == "openvino":
-        raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
-    if layers and backend == "auto" and model.suffix.lower() == ".onnx":
-        backend = "onnxruntime"
+    if layers:
+        backend = _check_layers(model, backend)
     inpaint = open_backend(model, backend=backend, device=device)
     file_precision = getattr(inpaint, "file_precision", inpaint.precision)
     tolerance = accuracy.tolerance(inpaint.precision, file_precision)
@@ -107,15 +103,48 @@ def main(
     cases = list(accuracy.cases(photographs, sizes or accuracy.default_sizes(getattr(inpaint, "limits", None))))
     results = [accuracy.compare(inpaint, reference, *case) for case in cases]
     faults = [fault for result in results for fault in result.faults(tolerance)]
-    inside = None
+    inside, trouble = None, None
     if layers:
-        furthest = max(range(len(cases)), key=lambda index: -results[index].psnr_hole_db)
-        inside = _compare_layers(model, network, inpaint.device, *cases[furthest])
+        try:
+            inside = _compare_layers(model, network, inpaint.device, *cases[furthest(results, tolerance)])
+        except MisfError as error:
+            trouble = error
     _report(results, inside, faults, tolerance, model, inpaint, as_json)
+    if faults and trouble:
+        log.warning("%s", trouble)  # what misses the tolerance is the more important line
+    elif trouble:
+        raise trouble
     if faults:
         raise AccuracyError(
             f"{model} differs too much from {checkpoint}: {'; '.join(faults)}; to allow more, --max-abs or --min-psnr"
         )
+
+
+def _check_layers(model: Path, backend: str) -> str:
+    """Return the backend for --layers, after looking whether it can be done at all."""
+    from .backends import ENGINES
+
+    if model.suffix.lower() not in (".onnx", *ENGINES):
+        raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
+    if backend == "openvino":
+        raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
+    for module in ("polygraphy", "onnx"):
+        if importlib.util.find_spec(module) is None:
+            raise EnvironmentMismatch(f"--layers needs {module}, which is not installed: pip install 'misf[layers]'")
+    from .layers import source_of
+
+    source_of(model)
+    return "onnxruntime" if backend == "auto" and model.suffix.lower() == ".onnx" else backend
+
+
+def furthest(results: list[CaseResult], tolerance: Tolerance) -> int:
+    """Return which case is furthest from the reference: not finite, then out of tolerance, then by its PSNR."""
+
+    def badness(index: int) -> tuple[bool, bool, float]:
+        result = results[index]
+        return not result.finite, bool(result.faults(tolerance)), -result.psnr_hole_db if result.finite else 0.0
+
+    return max(range(len(results)), key=badness)
 
 
 def _load(inpaint: Any, checkpoint: Path, official: bool) -> Checkpoint:
@@ -147,7 +176,7 @@ def _report(
     inpaint: Any,
     as_json: bool,
 ) -> None:
-    from . import layers
+    from . import accuracy
 
     allowed = {"max_abs": tolerance.max_abs, "min_psnr_db": tolerance.min_psnr_db}
     if as_json:
@@ -161,19 +190,27 @@ def _report(
                 "passed": not faults,
                 "faults": faults,
                 "cases": [result.to_dict() for result in results],
-                **({} if inside is None else layers.layers_document(inside)),
+                **_inside_document(inside),
             }
         )
         return
     from rich.console import Console
 
-    from .accuracy import results_table
-
     title = f"{model.name} ({inpaint.precision}, {inpaint.name}, {inpaint.device}) against PyTorch float32"
-    Console().print(results_table(results, title))
+    Console().print(accuracy.results_table(results, title))
     if inside is not None:
+        from . import layers
+
         Console().print(layers.layers_table(inside))
         most = layers.worst(inside)
         click.echo(f"worst layer: {most.name} ({most.op}) adds {most.added:.1e} to the relative error")
     asked = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
     click.echo(f"{'FAILED' if faults else 'passed'} ({asked or 'finite values, known pixels equal'})")
+
+
+def _inside_document(inside: list[LayerResult] | None) -> dict[str, Any]:
+    if inside is None:
+        return {}
+    from .layers import layers_document
+
+    return layers_document(inside)

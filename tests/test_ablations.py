@@ -45,6 +45,9 @@ def test_table_of_two_variants(ablations: ModuleType, tmp_path: Path) -> None:
     configs = {name: load_checkpoint(path).config for name, path in weights.items()}
     assert (configs["none"].feature_filter_level, configs["none"].image_filter) == (0, False)
     assert (configs["both"].feature_filter_level, configs["both"].image_filter) == (3, True)
+    other = CliRunner().invoke(ablations.main, [str(argument) for argument in (*arguments, "--steps", 3)])
+    assert other.exit_code == 1
+    assert "holds a run of another recipe" in other.stderr.splitlines()[-1]
     report = json.loads((tmp_path / "out" / "ablations.json").read_text())
     assert [row["filters"] for row in report["rows"]] == ["none", "both"]
     assert report["rows"][0]["parameters"] < report["rows"][1]["parameters"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,9 @@ from onnx import numpy_helper
 pytest.importorskip("polygraphy")
 
 from misf.plugins.errors import EnvironmentMismatch, MisfError
+from misf.plugins.files import sha256
 from misf.runtime import accuracy, layers
+from misf.runtime.verify_cli import furthest
 from misf.runtime.verify_cli import main as verify
 from misf.training import load_model
 
@@ -65,6 +69,43 @@ def test_the_first_layer_that_is_not_finite_is_the_worst() -> None:
     assert [row["relative_error"] for row in document["layers"]] == [0.0, None, None]
     assert "NaN" not in json.dumps(document)
     assert "Infinity" not in json.dumps(document)
+
+
+def test_the_size_that_is_furthest_off_is_looked_into() -> None:
+    def case(psnr_db: float, max_abs: float = 0.0, finite: bool = True) -> accuracy.CaseResult:
+        return accuracy.CaseResult("", finite, True, max_abs, 0.0, psnr_db, psnr_db)
+
+    strict = accuracy.Tolerance(max_abs=1e-4)
+    assert furthest([case(60), case(50), case(70)], strict) == 1
+    assert furthest([case(60), case(math.nan, math.nan, False), case(55)], strict) == 1
+    assert furthest([case(90), case(95, 1e-3)], strict) == 1  # the one that misses, though its PSNR is better
+    assert furthest([case(math.inf), case(math.inf)], strict) == 0
+
+
+def test_the_verdict_comes_out_whatever_happens_inside(
+    tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MisfError("cannot look inside")
+
+    monkeypatch.setattr(layers, "model_layers", fails)
+    right = run(tiny_onnx, tiny_checkpoint, "--json")
+    assert (right.exit_code, json.loads(right.stdout)["passed"]) == (1, True)
+    assert right.stderr.splitlines()[-1].endswith("cannot look inside")
+    wrong = run(scaled(tiny_onnx, tmp_path / "wrong.onnx", "head.weight", -1), tiny_checkpoint, "--json")
+    assert (wrong.exit_code, json.loads(wrong.stdout)["passed"]) == (3, False)
+    assert "cannot look inside" in wrong.stderr
+    assert "differs too much" in wrong.stderr.splitlines()[-1]
+
+
+def test_without_polygraphy_it_is_told_at_once(
+    tiny_onnx: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "polygraphy" else found(name))
+    result = run(tiny_onnx, tiny_checkpoint)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert "pip install 'misf[layers]'" in result.stderr.splitlines()[-1]
 
 
 def test_layers_of_another_network_are_told() -> None:
@@ -148,12 +189,12 @@ def test_an_engine_needs_the_file_it_was_built_of(tiny_plan: Path, tiny_onnx: Pa
         (tmp_path / path.name).write_bytes(path.read_bytes())
     plan, source = tmp_path / "tiny.plan", tmp_path / "tiny.onnx"
     with pytest.raises(EnvironmentMismatch, match=r"tiny\.onnx, the ONNX file it was built of, is not beside it"):
-        layers._source_of(plan)
+        layers.source_of(plan)
     source.write_bytes(b"another")
     with pytest.raises(EnvironmentMismatch, match=r"is not beside it"):
-        layers._source_of(plan)
+        layers.source_of(plan)
     source.write_bytes(tiny_onnx.read_bytes())
-    assert layers._source_of(plan) == source
+    assert layers.source_of(plan) == source
 
 
 BUILD = """
@@ -180,3 +221,35 @@ def test_an_engine_with_its_layers_marked_is_really_built(tiny_onnx: Path) -> No
     count, magic = done.stdout.split()[-2:]
     assert int(count) == len(layers.layer_nodes(onnx.load(tiny_onnx)))
     assert magic.encode() in (b"ftrt", b"vtrt")
+
+
+BROKEN = """
+import sys, numpy as np
+from misf.runtime import layers
+from misf.plugins.errors import MisfError
+image, mask = np.zeros((1, 3, 48, 64), np.float32), np.zeros((1, 1, 48, 64), np.float32)
+try:
+    layers.model_layers(__import__("pathlib").Path(sys.argv[1]), "cuda:0", image, mask)
+except MisfError as error:
+    print(error)
+"""
+
+
+def test_tensorrts_own_reason_is_told(tiny_plan: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    """An engine whose ONNX file TensorRT for RTX does not parse: its words, one line, nothing else on the terminal."""
+    model = onnx.load(tiny_onnx)
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
+    values = np.ascontiguousarray(numpy_helper.to_array(weight)[:, :-1])  # a channel too few
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, tmp_path / "tiny.onnx")
+    plan = tmp_path / "tiny.plan"
+    plan.write_bytes(tiny_plan.read_bytes())
+    side_car = json.loads(tiny_plan.with_name("tiny.plan.json").read_text())
+    side_car["onnx_sha256"] = sha256(tmp_path / "tiny.onnx")
+    plan.with_name("tiny.plan.json").write_text(json.dumps(side_car))
+    done = subprocess.run([sys.executable, "-c", BROKEN, str(plan)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "does not run with its layers marked" in line
+    assert re.search(r"head|channel|dimension|kernel", line, re.IGNORECASE)
+    assert "[!]" not in done.stderr

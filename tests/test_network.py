@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
 from misf.training import PRESETS, NetworkConfig, load_model
-from misf.training.network import InpaintingNetwork, composite, initialize, network_input, reflect_to
+from misf.training.config import FILL_MULTIPLE
+from misf.training.network import InpaintingNetwork, composite, initialize, network_input, reflect_to, smooth_fill
 
 from .golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
 
@@ -55,16 +57,20 @@ def test_published_sizes() -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == 23_059_493 - 327
 
 
+FILLING = [replace(TINY, fill_first=True, scale=scale, normalize=False) for scale in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("config", [TINY, *FILLING], ids=["tiny", "scale 1", "scale 2", "scale 4"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (5, 7), (57, 91), (64, 48)])
-def test_any_size(size: tuple[int, int]) -> None:
-    network = tiny_network()
+def test_any_size(size: tuple[int, int], config: NetworkConfig) -> None:
+    network = tiny_network(config)
     image, mask = torch.rand(2, 3, *size), (torch.rand(2, 1, *size) > 0.7).float()
     with torch.inference_mode():
         prediction = network(image, mask)
         assert prediction.shape == image.shape
         assert 0 <= prediction.min() <= prediction.max() <= 1
         # The same by hand, with NumPy's reflection.
-        border = [(0, 0), (0, 0)] + [(0, TINY.padded_side(side) - side) for side in size]
+        border = [(0, 0), (0, 0)] + [(0, config.padded_side(side) - side) for side in size]
         padded = torch.from_numpy(np.pad(network_input(image, mask).numpy(), border, mode="reflect"))
         expected = network.predict(padded)[:, :, : size[0], : size[1]]
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-6)
@@ -75,6 +81,72 @@ def test_reflection_is_numpys(size: tuple[int, int], target: tuple[int, int]) ->
     x = torch.rand(1, 2, *size)
     border = [(0, 0), (0, 0), (0, target[0] - size[0]), (0, target[1] - size[1])]
     assert np.array_equal(reflect_to(x, *target).numpy(), np.pad(x.numpy(), border, mode="reflect"))
+
+
+def test_sizes_that_the_fill_and_the_layers_need() -> None:
+    assert [config.multiple for config in (TINY, *FILLING)] == [4, 16, 16, 16]
+    # Reflection by 2, the dilation, needs 3 pixels at a quarter of the layers' resolution.
+    assert [config.minimum_side for config in (TINY, *FILLING)] == [12, 16, 32, 48]
+
+
+def numpy_fill(x: np.ndarray) -> np.ndarray:
+    """The smooth fill by its definition: x H,W,4 -> H,W,3, with SciPy's boxes and averages of 2x2 pixels."""
+
+    def tent(pixels: np.ndarray, size: int) -> np.ndarray:
+        for _ in range(2):
+            for axis in (0, 1):
+                pixels = scipy.ndimage.uniform_filter1d(pixels, size, axis=axis, mode="constant")
+        return pixels
+
+    def half(pixels: np.ndarray) -> np.ndarray:
+        height, width, channels = pixels.shape
+        return pixels.reshape(height // 2, 2, width // 2, 2, channels).mean(axis=(1, 3))
+
+    def twice(pixels: np.ndarray) -> np.ndarray:
+        """Bilinear: a pixel is 3/4 of the one that it is part of and 1/4 of the next one on its side."""
+        for axis in (0, 1):
+            edge = np.pad(pixels, [(1, 1) if axis == a else (0, 0) for a in range(3)], mode="edge")
+            here = np.take(edge, range(1, edge.shape[axis] - 1), axis)
+            before, after = (np.take(edge, np.arange(start, start + here.shape[axis]), axis) for start in (0, 2))
+            pair = np.stack([0.75 * here + 0.25 * before, 0.75 * here + 0.25 * after], axis=axis + 1)
+            pixels = pair.reshape([2 * n if a == axis else n for a, n in enumerate(pixels.shape)])
+        return pixels
+
+    known = np.concatenate([x[:, :, :3], 1 - x[:, :, 3:]], axis=2)
+    levels = [known]
+    for _ in range(4):
+        levels.append(half(levels[-1]))
+    mean = known.mean(axis=(0, 1))
+    estimate = (mean[:3] + 0.0005) / (mean[3:] + 0.001)
+    for level in (4, 3, 2, 1, 0):
+        for size in (17, 9, 5, 3) if level == 4 else (3,):
+            nearby = tent(levels[level], size)
+            estimate = (nearby[:, :, :3] + 0.02 * estimate) / (nearby[:, :, 3:] + 0.02)
+        estimate = twice(estimate) if level else estimate
+    return np.where(x[:, :, 3:] > 0.5, estimate, x[:, :, :3])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 80)])
+def test_smooth_fill_is_its_definition(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((*size, 1))
+    mask[3:12, 5:] = 1
+    mask[rng.random(size) < 0.2] = 1
+    x = np.concatenate([rng.random((*size, 3)) * (1 - mask), mask], axis=2)
+    found = smooth_fill(torch.from_numpy(x.transpose(2, 0, 1))[None])[0].numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(found, numpy_fill(x), rtol=0, atol=1e-9)
+    assert np.array_equal(found[mask[:, :, 0] == 0], x[mask[:, :, 0] == 0][:, :3])
+
+
+def test_smooth_fill_continues_one_colour_and_needs_its_multiple() -> None:
+    mask = torch.zeros(1, 1, 64, 96)
+    mask[..., 10:50, 20:90] = 1
+    colour = torch.tensor([0.2, 0.9, 0.5]).view(1, 3, 1, 1).expand(1, 3, 64, 96)
+    torch.testing.assert_close(smooth_fill(network_input(colour, mask)), colour, rtol=0, atol=2e-3)
+    assert torch.equal(smooth_fill(network_input(colour, torch.ones_like(mask))), torch.full_like(colour, 0.5))
+    smooth_fill(torch.zeros(1, 4, FILL_MULTIPLE, FILL_MULTIPLE))
+    with pytest.raises(RuntimeError):
+        smooth_fill(torch.zeros(1, 4, FILL_MULTIPLE // 2 * 3, FILL_MULTIPLE))
 
 
 def test_what_is_under_the_mask_is_never_read() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 pytest.importorskip("lightning_fabric")
 
 from misf.plugins.errors import MisfError
-from misf.training import PRESETS, NetworkConfig, load_model
+from misf.training import PRESETS, NetworkConfig, cli, load_model
 from misf.training.cli import main
 from misf.training.dataset import Pictures, TrainingSamples, picture_paths
 from misf.training.masks import RandomMasks
@@ -102,8 +102,9 @@ def same_state(a: Any, b: Any, where: str = "state") -> None:
         assert a == b, where
 
 
-def test_killed_and_resumed_is_as_never_stopped(photographs: Path, tmp_path: Path) -> None:
-    arguments = ("--data", photographs, *QUICK, "--steps", "10", "--device", "cpu")
+@pytest.mark.parametrize("more", [(), ("--recipe", "fidelity", "--save-memory")], ids=["paper", "muon"])
+def test_killed_and_resumed_is_as_never_stopped(more: tuple[str, ...], photographs: Path, tmp_path: Path) -> None:
+    arguments = ("--data", photographs, *QUICK, *more, "--steps", "10", "--device", "cpu")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(*arguments, "--output", whole)
     process = subprocess.Popen(command(*arguments, "--output", killed), env=ONE_THREAD, stderr=subprocess.DEVNULL)
@@ -121,11 +122,13 @@ def test_killed_and_resumed_is_as_never_stopped(photographs: Path, tmp_path: Pat
     states = [torch.load(folder / "state.pt", weights_only=True) for folder in (killed, whole)]
     assert states[0]["step"] == 10
     same_state(*states)
+    assert len(states[0]["optimizers"]) == (2 if more else 1)
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def test_two_processes_compute_what_one_does(photographs: Path, tmp_path: Path) -> None:
-    arguments = ("--data", photographs, *QUICK, "--steps", "3", "--batch", "4", "--device", "cpu")
+@pytest.mark.parametrize("more", [(), ("--recipe", "fidelity", "--save-memory")], ids=["paper", "muon"])
+def test_two_processes_compute_what_one_does(more: tuple[str, ...], photographs: Path, tmp_path: Path) -> None:
+    arguments = ("--data", photographs, *QUICK, *more, "--steps", "3", "--batch", "4", "--device", "cpu")
     run(*arguments, "--output", tmp_path / "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -277,6 +280,30 @@ def test_a_loss_that_is_not_a_number_stops_the_run(photographs: Path, tmp_path: 
         load_model(path)  # refuses NaN
 
 
+def test_a_gradient_that_is_not_a_number_stops_the_run(photographs: Path, tmp_path: Path) -> None:
+    """The loss may still be a number; what is on disk must be from before."""
+    config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"], steps=4, batch=2, crop=32)
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config, make_fabric("cpu"))
+    calls = iter(range(100))
+    weight = trainer.network.stem.weight
+    weight.register_hook(lambda gradient: gradient * (torch.inf if next(calls) == 2 else 1))
+    with pytest.raises(MisfError, match=r"the gradient's norm is (inf|nan) at step 3: lower the learning rate"):
+        train(trainer, samples(photographs, config), RunFolder(tmp_path / "run"), save_every=1)
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 2
+    load_model(tmp_path / "run" / "ema.safetensors")  # refuses NaN
+
+
+def test_switches_of_the_recipe_reach_the_samples(photographs: Path, tmp_path: Path) -> None:
+    for change, shuffled in (("shuffle_colors=0", False), ("zoom_out=1.1", True)):
+        output = tmp_path / change
+        run("--data", photographs, *QUICK, "--recipe", "fidelity", "--set", change, "--steps", "1", "--output", output)
+        settings = RunFolder(output).read_settings()
+        recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
+        assert recipe.shuffle_colors is shuffled
+        assert cli._samples(settings, recipe).shuffle_colors is shuffled
+
+
 def invoke(*arguments: str | Path) -> Any:
     return CliRunner().invoke(main, list(map(str, arguments)))
 
@@ -335,6 +362,8 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
         (("--data", ".", "--batch", "3", "--accumulate", "2"), 1, "divide"),
         (("--data", ".", "--set", "style=much"), 2, "NAME=NUMBER"),
         (("--data", ".", "--set", "unknown=1"), 2, "perceptual"),
+        (("--data", ".", "--set", "whole=2"), 2, "NAME=NUMBER"),
+        (("--data", ".", "--optimizer", "muon"), 2, "--learning-rate"),
         (("--data", ".", "--official"), 2, "--init-from"),
         (("--data", ".", "--masks", "nowhere"), 2, "expected random"),
         (("--data", ".", "--vgg19", "nowhere.pth"), 1, "vgg19-dcbb9e9d.pth"),

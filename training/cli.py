@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
-ANY_TIME = ("output", "resume", "device", "workers", "save_memory", *PACE)
+KEPT = (*PACE, "save_memory")
+"""Options of a run that --resume takes up, unless they are given anew."""
+ANY_TIME = ("output", "resume", "device", "workers", *KEPT)
 """Options that do not change what a run computes: they go with --resume."""
 
 
@@ -87,7 +89,7 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     if resume:
         _refuse_changes()
         settings = folder.read_settings()
-        options |= {name: settings[name] for name in PACE if not _given(name)}
+        options |= {name: settings[name] for name in KEPT if not _given(name)}
     else:
         if folder.exists:
             raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
@@ -129,7 +131,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "invert_mask": options["invert_mask"],
         "mask_threshold": options["mask_threshold"],
         "official": options["official"],
-        **{name: options[name] for name in ("precision", *PACE)},
+        **{name: options[name] for name in ("precision", *KEPT)},
     }
 
 
@@ -165,23 +167,28 @@ def _recipe(options: dict[str, Any]) -> TrainingConfig:
     chosen: dict[str, Any] = {name: options[name] for name in names if options[name] is not None}
     if options["whole"]:
         chosen["whole"] = True
+    if options["optimizer"] not in (None, recipe.optimizer) and options["learning_rate"] is None:
+        raise click.UsageError(
+            f"--optimizer {options['optimizer']} takes another rate than the {recipe.learning_rate:g} of "
+            f"--recipe {options['recipe']}: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
+        )
     chosen |= _numbers(options["changes"])
     return replace(recipe, network=network, **chosen)
 
 
-def _numbers(changes: tuple[str, ...]) -> dict[str, float]:
-    """Return the --set options: floats of the recipe by name."""
-    known = [item.name for item in fields(TrainingConfig) if item.type == "float"]
-    found = {}
+def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
+    """Return the --set options: floats and switches (0 or 1) of the recipe by name."""
+    known = {item.name: item.type for item in fields(TrainingConfig) if item.type in ("float", "bool")}
+    found: dict[str, float | bool] = {}
     for change in changes:
         name, _, text = change.partition("=")
         try:
             number = float(text)
         except ValueError:
             number = float("nan")
-        if name not in known or number != number:
+        if name not in known or number != number or (known[name] == "bool" and number not in (0, 1)):
             raise click.UsageError(f"--set {change}: expected NAME=NUMBER, the name one of {', '.join(known)}")
-        found[name] = number
+        found[name] = bool(number) if known[name] == "bool" else number
     return found
 
 

@@ -51,10 +51,10 @@ def hole_loss(prediction: Tensor, image: Tensor, mask: Tensor, *, squared: float
 
 
 def psnr_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Return the natural logarithm of the mean square in the hole, the mean over samples: -PSNR times ln(10)/10.
+    """Return log(mean square in the hole + 2e-4), the mean over samples: -PSNR times ln(10)/10, but for the 2e-4.
 
-    Noisy pictures do not outshout calm ones, as they do in the mean square itself. What is below 37 dB counts less and
-    less. Arguments as in `hole_loss`.
+    Noisy pictures do not outshout calm ones, as they do in the mean square itself; what is better than 37 dB already
+    counts less and less. Arguments as in `hole_loss`.
     """
     square = ((prediction - image) * mask).square().sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
     return torch.log(square + 2e-4).mean()

@@ -35,8 +35,9 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for weights of two dimensions and more.
 
     A weight is the matrix of its first dimension and all others; its step is the momentum's nearest orthogonal matrix,
-    or nearly (singular values from 0.7 to 1.2). As torch.optim.Muon, which takes matrices only and computes in
-    bfloat16: on a CPU without it that takes as long as the network. On matrices both agree (tests/test_optimizers.py).
+    or nearly: all but its smallest singular values are raised to about 1. As torch.optim.Muon, which takes matrices
+    only and computes in bfloat16: on a CPU without it that takes as long as the network. On matrices both agree
+    (tests/test_optimizers.py).
 
     Args:
         weights: to train.

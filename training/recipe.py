@@ -65,7 +65,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.0, 0.9)
     weight_decay: float = 0.0
     discriminator_rate: float = 0.1
-    """The discriminator's learning rate as a share of the generator's."""
+    """The discriminator's learning rate as a share of the generator's; its optimizer is always Adam."""
     clip: float = 0.0
     """The generator's gradients are scaled down to this norm; 0 leaves them."""
     schedule: str = "constant"
@@ -137,7 +137,7 @@ class TrainingConfig:
             network = NetworkConfig.from_json(json.dumps(values.pop("network")))
             unknown = sorted(set(values) - {item.name for item in fields(cls)})
             if unknown:
-                raise ValueError(f"unknown keys {', '.join(unknown)}: was it written by a newer misf?")
+                raise ValueError(f"unknown keys {', '.join(unknown)}: was it written by another version of misf?")
             return cls(network=network, **values)
         except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a training config of misf: {error}") from error

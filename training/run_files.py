@@ -24,7 +24,7 @@ from ..plugins.files import written_whole
 
 log = logging.getLogger(__name__)
 
-FORMAT = "misf-training-1"
+FORMAT = "misf-training-2"
 
 
 class RunFolder:

@@ -63,7 +63,7 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
 
 def _return_freed_memory() -> None:
     """Make glibc give large freed blocks back at once: those that it keeps are fragments, a fifth of the peak."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2 << 20)
 
 
@@ -355,9 +355,10 @@ def train(
         saving = step % save_every == 0 or last
         if saving or step % log_every == 0:
             values = _read(trainer.fabric, numbers)
-            if not math.isfinite(values["total"]):
-                hint = f"lower the learning rate; {folder.path} holds the run as last saved"
-                raise MisfError(f"the loss is {values['total']} at step {step}: {hint}")
+            for name, title in (("total", "loss"), ("gradient", "gradient's norm")):
+                if not math.isfinite(values.get(name, 0.0)):
+                    hint = f"lower the learning rate; {folder.path} holds the run as last saved"
+                    raise MisfError(f"the {title} is {values[name]} at step {step}: {hint}")
             now = time.perf_counter()
             images_per_s = (step - since) * config.batch / (now - started)
             started, since = now, step

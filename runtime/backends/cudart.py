@@ -207,6 +207,11 @@ def find_cudart() -> Any:
     )
 
 
+def cudart_folders() -> list[str]:
+    """Return the folders outside the system's that hold a libcudart, for libraries that search fewer of them."""
+    return list(dict.fromkeys(str(Path(name).parent) for name in _candidates() if Path(name).is_absolute()))
+
+
 def _candidates() -> Iterator[str]:
     for major in CUDA_MAJORS:
         yield f"libcudart.so.{major}"
