@@ -15,10 +15,9 @@ from misf.runtime import accuracy
 from misf.runtime.backends import open_backend
 from misf.runtime.engine_info import Limits
 from misf.runtime.tensorrt_api import FLAVORS, installed
-from misf.training import PRESETS
-from misf.training.checkpoint import build_model, load_checkpoint, save_checkpoint
-from misf.training.network import InpaintingNetwork, initialize
+from misf.training.checkpoint import build_model, load_checkpoint
 
+WEIGHTS = Path(__file__).parent.parent / "training" / "weights" / "misf-small.safetensors"
 LIMITS = Limits((1, 64, 64), (1, 256, 256), (2, 512, 512))
 
 
@@ -27,10 +26,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        network = InpaintingNetwork(PRESETS["misf-small"])
-        initialize(network)
-        save_checkpoint(folder / "model.safetensors", network.config, network.state_dict())
-        checkpoint = load_checkpoint(folder / "model.safetensors")
+        checkpoint = load_checkpoint(WEIGHTS)
         reference = accuracy.torch_reference(build_model(checkpoint))
         for precision in ("fp32", "fp16"):
             source = folder / f"{precision}.onnx"
@@ -46,7 +42,7 @@ def main() -> int:
                         try:
                             print(title, *_compared(plan, reference, precision), sep="\n  ")
                         finally:
-                            print(f"  {_worst_layer(plan, folder / 'model.safetensors')}")
+                            print(f"  {_worst_layer(plan)}")
                     except (MisfError, ValueError, MemoryError) as error:
                         failed += 1
                         print(f"{title}: FAILED: {one_line(error)}")
@@ -68,10 +64,10 @@ def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[s
     return lines
 
 
-def _worst_layer(plan: Path, checkpoint: Path) -> str:
+def _worst_layer(plan: Path) -> str:
     """Return what misf-verify --layers says, in a process of its own: Polygraphy takes one TensorRT a process."""
     command = [sys.executable, "-c", "from misf.runtime.verify_cli import main; main()", plan, "--checkpoint"]
-    done = subprocess.run([*map(str, command), str(checkpoint), "--layers"], capture_output=True, text=True)
+    done = subprocess.run([*map(str, command), str(WEIGHTS), "--layers"], capture_output=True, text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("worst layer")]
     return (said or ["layers not compared: " + (done.stderr.splitlines() or ["no reason given"])[-1]])[0]
 
