@@ -123,6 +123,8 @@ def numpy_fill(x: np.ndarray) -> np.ndarray:
             nearby = tent(levels[level], size)
             estimate = (nearby[:, :, :3] + 0.02 * estimate) / (nearby[:, :, 3:] + 0.02)
         estimate = twice(estimate) if level else estimate
+    edge = scipy.ndimage.uniform_filter(known, (3, 3, 0), mode="constant")
+    estimate = (edge[:, :, :3] + 0.1 * estimate) / (edge[:, :, 3:] + 0.1)
     return np.where(x[:, :, 3:] > 0.5, estimate, x[:, :, :3])
 
 

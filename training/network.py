@@ -218,11 +218,13 @@ def smooth_fill(x: Tensor) -> Tensor:
             estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
         if shrunk:
             estimate = _enlarge(estimate, 2)
+    nearby = _box(known, 3)  # the hole's outermost pixels follow their neighbours
+    estimate = (nearby[:, :3] + _EDGE_PRIOR * estimate) / (nearby[:, 3:] + _EDGE_PRIOR)
     return x[:, :3] + x[:, 3:] * estimate
 
 
 _FILL_SIZES = ((17, 9, 5, 3), (3,), (3,), (3,), (3,))  # at 1/16, 1/8, 1/4, 1/2 and full resolution
-_PRIOR = 0.02  # the wider estimate counts like this share of known pixels
+_PRIOR, _EDGE_PRIOR = 0.02, 0.1  # the wider estimate counts like this share of known pixels
 _LITTLE = 1e-3  # a picture without any known pixel becomes grey
 
 

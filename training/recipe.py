@@ -146,7 +146,7 @@ class TrainingConfig:
 RECIPES: dict[str, TrainingConfig] = {
     "paper": TrainingConfig(),
     "fidelity": TrainingConfig(
-        steps=20_000,
+        steps=14_000,
         batch=8,
         zoom_out=1.25,
         shuffle_colors=True,
