@@ -216,15 +216,35 @@ def launch(call: Plan, pointers: tuple[int, int, int], device: torch.device) -> 
     if 0 in call.grid:
         return
     with torch.cuda.device(device):
+        _make_context_current(device)
         major, minor = torch.cuda.get_device_capability()
         kernel = _loaded_kernel(call.kernel, f"sm_{major}{minor}")
+        handle = int(getattr(kernel, "handle", None) or kernel._handle)  # the latter in cuda-core 0.5
         arguments, _alive = launch_arguments(pointers, call.shape)
         stream = torch.cuda.current_stream().cuda_stream
         (error,) = driver.cuLaunchKernel(
-            int(kernel.handle), *call.grid, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(arguments), 0
+            handle, *call.grid, 1, THREADS, 1, 1, 0, stream, ctypes.addressof(arguments), 0
         )
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"launching {call.kernel} failed: {error.name}")
+
+
+def _make_context_current(device: torch.device) -> None:
+    """Give this thread the device's primary context if it has none yet: autograd's threads may come without.
+
+    torch makes one current at its own first work on a thread, which a launch past torch cannot wait for
+    (pytorch issue 124565).
+    """
+    from cuda.bindings import driver
+
+    error, context = driver.cuCtxGetCurrent()
+    if error == driver.CUresult.CUDA_SUCCESS and int(context):
+        return
+    error, context = driver.cuDevicePrimaryCtxRetain(device.index or 0)
+    if error == driver.CUresult.CUDA_SUCCESS:
+        (error,) = driver.cuCtxSetCurrent(context)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"no CUDA context for {device}: {error.name}")
 
 
 _FORMATS = {Layout.PLANAR: torch.contiguous_format, Layout.CHANNELS_LAST: torch.channels_last}
