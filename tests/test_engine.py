@@ -356,7 +356,12 @@ def test_ctrl_c_during_a_build(tiny_onnx: Path, tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "MISF_HOME": str(tmp_path / "home")}
     with subprocess.Popen(
-        [*command, "--backend", "tensorrt-rtx", "-v"], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--backend", "tensorrt-rtx", "-v"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A shell's background jobs ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -204,7 +204,7 @@ def _check_installed() -> None:
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
-    from .trainer import Trainer, make_fabric, train
+    from .trainer import Trainer, end_processes, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
     fabric = make_fabric(options["device"], {"fp32": "32-true", "bf16": "bf16-mixed"}[settings["precision"]])
@@ -240,6 +240,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             cases=_cases(settings, fabric.device) if fabric.is_global_zero else None,
             progress=progress,
         )
+    end_processes(fabric)
     if fabric.is_global_zero:
         log.info("done; the weights:")
         click.echo(folder.weights)
