@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 # Before torch is imported: the suite often shares its two cores with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +26,18 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """Return benchmarks/NAME.py as a module; the scripts are not installed."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

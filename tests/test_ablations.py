@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +17,12 @@ from misf.training.checkpoint import load_checkpoint
 from misf.training.dataset import Pictures
 from misf.training.evaluate import Method, cases, evaluate, model_fill
 
+from .conftest import load_benchmark
+
 
 @pytest.fixture(scope="module")
 def ablations() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "ablations.py"
-    spec = importlib.util.spec_from_file_location("ablations", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("ablations")
 
 
 def test_table_of_two_variants(ablations: ModuleType, tmp_path: Path) -> None:

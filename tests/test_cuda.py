@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,8 @@ from torch import Tensor
 from misf.plugins.dynamic_filter import cuda, dynamic_filter
 from misf.plugins.dynamic_filter.cuda import Layout, Pass
 from misf.plugins.errors import AccuracyError
+
+from .conftest import load_benchmark
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One rounding to the storage type of sums that are made in float32.
@@ -107,14 +108,7 @@ def test_missing_cuda_headers_are_one_clear_error(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    path = Path(__file__).parent.parent / "benchmarks" / "kernel.py"
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("kernel")
 
 
 def test_the_benchmark_counts_bytes_and_checks_results(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,16 +12,12 @@ import skimage.data
 from click.testing import CliRunner
 from PIL import Image
 
+from .conftest import load_benchmark
+
 
 @pytest.fixture(scope="module")
 def fidelity() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "fidelity.py"
-    spec = importlib.util.spec_from_file_location("fidelity", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("fidelity")
 
 
 def test_margins_are_over_the_best_other(fidelity: ModuleType) -> None:
