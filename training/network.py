@@ -126,6 +126,7 @@ class InpaintingNetwork(nn.Module):
             ]
         )
         self.head = nn.Conv2d(width, 3, 7)
+        self.edges = EdgeContinuation() if config.fill_first else None
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
 
     def save_memory(self) -> None:
@@ -156,13 +157,14 @@ class InpaintingNetwork(nn.Module):
         scale = self.config.scale
         if not self.config.fill_first:
             return (torch.tanh(self.filtered(x)) + 1) / 2
+        assert self.edges is not None
         filled = smooth_fill(x)
-        x = torch.cat([filled, x[:, 3:]], dim=1)
+        y = torch.cat([filled, x[:, 3:]], dim=1)
         if scale > 1:
-            x = F.avg_pool2d(x, scale)
+            y = F.avg_pool2d(y, scale)
         # What the layers change in the filled picture; zero at the start of training.
-        change = self.filtered(x, x[:, :3]) - x[:, :3]
-        return (filled + _enlarge(change, scale)).clamp(0, 1)
+        change = self.filtered(y, y[:, :3]) - y[:, :3]
+        return self.edges(x, filled + _enlarge(change, scale)).clamp(0, 1)
 
     def filtered(self, x: Tensor, base: Tensor | None = None) -> Tensor:
         """Return what both branches make of N,4,h,w: the picture N,3,h,w, from decoder and `base`, after its filter."""
@@ -233,6 +235,69 @@ def _box(x: Tensor, size: int) -> Tensor:
         return F.avg_pool2d(x, 3, stride=1, padding=1)
     x = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0))
     return F.avg_pool2d(x, (1, size), stride=1, padding=(0, size // 2))
+
+
+class EdgeContinuation(nn.Module):
+    """Corrects a prediction near the edges of holes so that it continues the slopes of the known pixels there.
+
+    A plane is fitted around every pixel to the known pixels in reach, by least squares with Gaussian weights; the
+    prediction is one more observation in the middle, of weight `prior`, and `ridge` keeps the slope small. That is
+    normalised convolution of first order (Knutsson and Westin 1993); no more than the planes' moments are convolved.
+    Out of reach of known pixels the prediction stays as it is. Nothing here is trained.
+    """
+
+    PLANES = ((7, 1.7, 0.01, 0.7), (5, 0.8, 0.02, 0.4))
+    """Size and sigma of the window in pixels, prior, ridge in square pixels; one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, (size, sigma, _, _) in enumerate(self.PLANES):
+            down, across = _moment_kernels(size, sigma)
+            self.register_buffer(f"down{index}", down, persistent=False)
+            self.register_buffer(f"across{index}", across, persistent=False)
+
+    def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
+        """Return N,3,H,W float32 for a network input N,4,H,W and a prediction N,3,H,W, all on one scale of colours."""
+        with torch.autocast(x.device.type, enabled=False):
+            known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1).detach().to(self.down0)
+            for index, (_, _, prior, ridge) in enumerate(self.PLANES):
+                down, across = getattr(self, f"down{index}"), getattr(self, f"across{index}")
+                side = down.shape[2] // 2
+                moments = F.conv2d(F.conv2d(known, down, padding=(side, 0)), across, padding=(0, side))
+                colour, colour_x, colour_y, weights = moments.split([3, 3, 3, 6], dim=1)
+                weight, *spread = weights.split(1, dim=1)
+                total = weight + prior
+                x1, y1, xx, xy, yy = (moment / total for moment in spread)
+                # The plane's value in the middle is the mean, less the slope times the mean's distance (x1, y1).
+                xx, xy, yy = xx - x1 * x1 + ridge, xy - x1 * y1, yy - y1 * y1 + ridge
+                determinant = xx * yy - xy * xy
+                along_x, along_y = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
+                mean = (colour + prior * prediction) / total
+                slope = along_x * (colour_x / total - x1 * mean) + along_y * (colour_y / total - y1 * mean)
+                prediction = mean - slope
+            return prediction
+
+
+def _moment_kernels(size: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """Return kernels 9,4,size,1 and 15,9,1,size that, one after the other, make a picture's moments in a window.
+
+    From three colours, 0 where unknown, and 1 where known: the colours, the colours times x, times y, and 1, x, y, xx,
+    xy, yy, all times the Gaussian weights, whose sum is 1; x and y count pixels from the middle.
+    """
+    exact = {"dtype": torch.float64, "device": "cpu"}  # not meta, whatever the network is built on
+    place = torch.arange(size, **exact) - size // 2
+    weight = torch.exp(-0.5 * (place / sigma) ** 2)
+    powers = torch.stack([weight * place**power for power in range(3)]) / weight.sum()
+    down, across = torch.zeros(9, 4, size, **exact), torch.zeros(15, 9, size, **exact)
+    for channel in range(3):  # the intermediate channels: colours, colours times y, then 1, y, yy
+        down[channel, channel], down[3 + channel, channel] = powers[0], powers[1]
+        across[channel, channel], across[3 + channel, channel] = powers[0], powers[1]
+        across[6 + channel, 3 + channel] = powers[0]
+    for power in range(3):
+        down[6 + power, 3] = powers[power]
+    for row, (x_power, y_power) in enumerate([(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]):
+        across[9 + row, 6 + y_power] = powers[x_power]
+    return down[:, :, :, None].float(), across[:, :, None, :].float()
 
 
 def composite(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class TrainingConfig:
     hole_coarse: float = 0.5
     psnr: float = 0.0
     """Logarithm of the mean square in the hole, sample by sample: what the mean of PSNR measures."""
+    ssim: float = 0.0
+    """Logarithm of what the composite's SSIM lacks to 1, sample by sample."""
     known: float = 0.0
     """L1 outside the hole."""
     adversarial: float = 0.1
@@ -102,7 +104,7 @@ class TrainingConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every loss of the generator, by name."""
-        names = ("l1", "hole", "psnr", "known", "adversarial", "perceptual", "style", "feature_matching")
+        names = ("l1", "hole", "psnr", "ssim", "known", "adversarial", "perceptual", "style", "feature_matching")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -231,6 +231,8 @@ class Trainer:
             )
         if config.psnr:
             terms["psnr"] = losses.psnr_loss(prediction, image, mask)
+        if config.ssim:
+            terms["ssim"] = losses.ssim_loss(prediction, image, mask)
         if config.known:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
