@@ -259,23 +259,27 @@ class EdgeContinuation(nn.Module):
     def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
         """Return N,3,H,W float32 for a network input N,4,H,W and a prediction N,3,H,W, all on one scale of colours."""
         with torch.autocast(x.device.type, enabled=False):
-            known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1).detach().to(self.down0)
-            for index, (_, _, prior, ridge) in enumerate(self.PLANES):
-                down, across = getattr(self, f"down{index}"), getattr(self, f"across{index}")
-                side = down.shape[2] // 2
-                moments = F.conv2d(F.conv2d(known, down, padding=(side, 0)), across, padding=(0, side))
-                colour, colour_x, colour_y, weights = moments.split([3, 3, 3, 6], dim=1)
-                weight, *spread = weights.split(1, dim=1)
-                total = weight + prior
-                x1, y1, xx, xy, yy = (moment / total for moment in spread)
-                # The plane's value in the middle is the mean, less the slope times the mean's distance (x1, y1).
-                xx, xy, yy = xx - x1 * x1 + ridge, xy - x1 * y1, yy - y1 * y1 + ridge
-                determinant = xx * yy - xy * xy
-                along_x, along_y = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
-                mean = (colour + prior * prediction) / total
-                slope = along_x * (colour_x / total - x1 * mean) + along_y * (colour_y / total - y1 * mean)
-                prediction = mean - slope
+            known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)
+            for index in range(len(self.PLANES)):
+                share, rest = self._planes(known, index)
+                prediction = share * prediction + rest
             return prediction
+
+    @torch.no_grad()  # nothing here is asked for gradients, and oneDNN has faster convolutions for that
+    def _planes(self, known: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Return the planes' values in the middle: share N,1,H,W x the prediction there + rest N,3,H,W."""
+        _, _, prior, ridge = self.PLANES[index]
+        down, across = self.get_buffer(f"down{index}"), self.get_buffer(f"across{index}")
+        side = down.shape[2] // 2
+        moments = F.conv2d(F.conv2d(known, down, padding=(side, 0)), across, padding=(0, side))
+        total = moments[:, 9:10] + prior
+        colour, colour_x, colour_y, _, x1, y1, xx, xy, yy = (moments / total).split([3, 3, 3, 1, 1, 1, 1, 1, 1], dim=1)
+        xx, xy, yy = xx - x1 * x1 + ridge, xy - x1 * y1, yy - y1 * y1 + ridge  # the variances of the positions
+        determinant = xx * yy - xy * xy
+        along_x, along_y = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
+        # The mean of all observations, less the slope times the distance (x1, y1) of their mean position.
+        in_mean = 1 + along_x * x1 + along_y * y1
+        return prior / total * in_mean, in_mean * colour - along_x * colour_x - along_y * colour_y
 
 
 def _moment_kernels(size: int, sigma: float) -> tuple[Tensor, Tensor]:
