@@ -7,6 +7,7 @@ makes both sets of taps, looking at the filtering branch's features on its way (
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..plugins.dynamic_filter.op import dynamic_filter
 from .config import NetworkConfig
+from .winograd import recomputing
 
 
 class ResidualBlock(nn.Module):
@@ -44,7 +46,13 @@ def between(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -
     """
     if not (recompute and torch.is_grad_enabled()):
         return function(*inputs)
-    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    result: Tensor = checkpoint(
+        function,
+        *inputs,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (contextlib.nullcontext(), recomputing()),
+    )
     return result
 
 

@@ -31,6 +31,7 @@ from .network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .run_files import RunFolder, RunLog
+from .winograd import use_winograd, worthwhile
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class Trainer:
         if save_memory:
             network.save_memory()
             _return_freed_memory()
+        if fabric.device.type == "cpu" and worthwhile():
+            use_winograd(network)
         optimizers = make_optimizers(network, config)
         self.generator, *wrapped = fabric.setup(network, *(optimizer for optimizer, _ in optimizers))
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
