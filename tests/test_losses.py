@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,7 +71,25 @@ def test_psnr_loss_is_minus_the_mean_psnr() -> None:
     assert float(losses.psnr_loss(prediction, image, mask)) == pytest.approx(exact)
 
 
-@pytest.mark.parametrize("name", ["l1_over_mask", "hole_loss", "psnr_loss", "known_loss"])
+def test_ssim_loss_is_scikit_images_on_the_composite() -> None:
+    prediction, image, mask = batch()
+    expected = []
+    for p, i, m in zip(*map(Tensor.numpy, (prediction, image, mask)), strict=True):
+        _, similarity = structural_similarity(
+            i,
+            np.where(m > 0.5, p, i),
+            channel_axis=0,
+            data_range=1.0,
+            gaussian_weights=True,
+            use_sample_covariance=False,
+            full=True,
+        )
+        expected.append(similarity[:, 5:-5:2, 5:-5:2].mean())  # windows that fit, every other one
+    exact = np.log(1 - np.array(expected) + 1e-3).mean()
+    assert float(losses.ssim_loss(prediction, image, mask)) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["l1_over_mask", "hole_loss", "psnr_loss", "ssim_loss", "known_loss"])
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_empty_and_full_masks_give_numbers_and_gradients(name: str, fill: float) -> None:
     prediction, image, mask = batch()

@@ -12,7 +12,15 @@ import torch
 
 from misf.training import PRESETS, NetworkConfig, load_model
 from misf.training.config import FILL_MULTIPLE
-from misf.training.network import InpaintingNetwork, composite, initialize, network_input, reflect_to, smooth_fill
+from misf.training.network import (
+    EdgeContinuation,
+    InpaintingNetwork,
+    composite,
+    initialize,
+    network_input,
+    reflect_to,
+    smooth_fill,
+)
 
 from .golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
 
@@ -149,6 +157,63 @@ def test_smooth_fill_continues_one_colour_and_needs_its_multiple() -> None:
     smooth_fill(torch.zeros(1, 4, FILL_MULTIPLE, FILL_MULTIPLE))
     with pytest.raises(RuntimeError):
         smooth_fill(torch.zeros(1, 4, FILL_MULTIPLE // 2 * 3, FILL_MULTIPLE))
+
+
+def plane_in_the_middle(
+    known: np.ndarray, colours: np.ndarray, here: tuple[int, int], size: int, sigma: float, prior: float, ridge: float
+) -> np.ndarray:
+    """The value at `here` of the plane through the known pixels around, by NumPy's least squares."""
+    reach = size // 2
+    offsets = np.arange(-reach, reach + 1)
+    window = np.exp(-0.5 * (offsets / sigma) ** 2)
+    window /= window.sum()
+    rows, values, weights = [(1.0, 0.0, 0.0)], [colours[here]], [prior]
+    for dy, weight_y in zip(offsets, window, strict=True):
+        for dx, weight_x in zip(offsets, window, strict=True):
+            y, x = here[0] + dy, here[1] + dx
+            if 0 <= y < known.shape[0] and 0 <= x < known.shape[1] and known[y, x]:
+                rows.append((1.0, float(dx), float(dy)))
+                values.append(colours[y, x])
+                weights.append(weight_x * weight_y)
+    total = sum(weights)
+    rows += [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+    values += [np.zeros(3)] * 2
+    weights += [ridge * total] * 2
+    root = np.sqrt(weights)[:, None]
+    return np.linalg.lstsq(np.array(rows) * root, np.array(values) * root, rcond=None)[0][0]
+
+
+def test_edges_continue_planes_fitted_by_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    hole = np.zeros((20, 24), bool)
+    hole[4:16, 6:20] = True
+    hole[:3, :5] = True
+    hole[rng.random(hole.shape) < 0.1] = True
+    picture, prediction = rng.random((2, 20, 24, 3))
+    expected = prediction.copy()
+    for plane in EdgeContinuation.PLANES:
+        # Known pixels are observed as they are; holes have the prediction, as corrected so far, as their prior.
+        seen = np.where(hole[:, :, None], expected, picture)
+        for here in np.argwhere(hole):
+            expected[tuple(here)] = plane_in_the_middle(~hole, seen, tuple(here), *plane)
+    x = np.concatenate([picture * ~hole[:, :, None], hole[:, :, None]], axis=2)
+    tensors = [torch.from_numpy(array.transpose(2, 0, 1))[None].double() for array in (x, prediction)]
+    found = EdgeContinuation().double()(*tensors)[0].numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(found[hole], expected[hole], rtol=0, atol=2e-6)  # the windows are float32's
+    assert np.abs(expected - prediction)[hole].max() > 0.1
+
+
+def test_edges_leave_what_is_out_of_reach_and_one_colour_alone() -> None:
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:28, 8:28] = 1
+    prediction = torch.rand(1, 3, 32, 32, requires_grad=True)
+    changed = EdgeContinuation()(network_input(torch.rand(1, 3, 32, 32), mask), prediction)
+    assert torch.equal(changed[..., 11:25, 11:25], prediction[..., 11:25, 11:25])
+    changed.sum().backward()
+    assert prediction.grad is not None
+    assert torch.isfinite(prediction.grad).all()
+    colour = torch.full((1, 3, 32, 32), 0.7)
+    torch.testing.assert_close(EdgeContinuation()(network_input(colour, mask), colour), colour, rtol=0, atol=1e-5)
 
 
 def test_what_is_under_the_mask_is_never_read() -> None:

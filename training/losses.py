@@ -63,9 +63,9 @@ def psnr_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 def ssim_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Return log(1 - SSIM + 1e-3) of the composite, the mean over samples.
 
-    SSIM as Wang et al. (2004) define it (11x11 Gaussian window of sigma 1.5, K 0.01 and 0.03), the mean over RGB and over
-    every other window both ways: a quarter of the work for what is nearly the same mean. As in `psnr_loss`, the
-    logarithm makes small and large holes count alike. H and W at least 11. Arguments as in `hole_loss`.
+    SSIM as Wang et al. (2004) define it (11x11 Gaussian window of sigma 1.5, K 0.01 and 0.03), the mean over RGB and
+    over every other window both ways: less work for nearly the same mean. As in `psnr_loss`, the logarithm makes small
+    and large holes count alike. H and W at least 11. Arguments as in `hole_loss`.
     """
     place = torch.arange(11, device=image.device, dtype=image.dtype) - 5
     window = torch.exp(-0.5 * (place / 1.5) ** 2)

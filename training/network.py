@@ -172,7 +172,8 @@ class InpaintingNetwork(nn.Module):
             y = F.avg_pool2d(y, scale)
         # What the layers change in the filled picture; zero at the start of training.
         change = self.filtered(y, y[:, :3]) - y[:, :3]
-        return self.edges(x, filled + _enlarge(change, scale)).clamp(0, 1)
+        continued: Tensor = self.edges(x, filled + _enlarge(change, scale))
+        return continued.clamp(0, 1)
 
     def filtered(self, x: Tensor, base: Tensor | None = None) -> Tensor:
         """Return what both branches make of N,4,h,w: the picture N,3,h,w, from decoder and `base`, after its filter."""
@@ -281,7 +282,7 @@ class EdgeContinuation(nn.Module):
         side = down.shape[2] // 2
         moments = F.conv2d(F.conv2d(known, down, padding=(side, 0)), across, padding=(0, side))
         total = moments[:, 9:10] + prior
-        colour, colour_x, colour_y, _, x1, y1, xx, xy, yy = (moments / total).split([3, 3, 3, 1, 1, 1, 1, 1, 1], dim=1)
+        colour, colour_x, colour_y, _, x1, y1, xx, xy, yy = torch.split(moments / total, (3, 3, 3, 1, 1, 1, 1, 1, 1), 1)
         xx, xy, yy = xx - x1 * x1 + ridge, xy - x1 * y1, yy - y1 * y1 + ridge  # the variances of the positions
         determinant = xx * yy - xy * xy
         along_x, along_y = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
@@ -296,11 +297,10 @@ def _moment_kernels(size: int, sigma: float) -> tuple[Tensor, Tensor]:
     From three colours, 0 where unknown, and 1 where known: the colours, the colours times x, times y, and 1, x, y, xx,
     xy, yy, all times the Gaussian weights, whose sum is 1; x and y count pixels from the middle.
     """
-    exact = {"dtype": torch.float64, "device": "cpu"}  # not meta, whatever the network is built on
-    place = torch.arange(size, **exact) - size // 2
+    place = torch.arange(size, dtype=torch.float64, device="cpu") - size // 2  # not meta, whatever the network is on
     weight = torch.exp(-0.5 * (place / sigma) ** 2)
     powers = torch.stack([weight * place**power for power in range(3)]) / weight.sum()
-    down, across = torch.zeros(9, 4, size, **exact), torch.zeros(15, 9, size, **exact)
+    down, across = powers.new_zeros(9, 4, size), powers.new_zeros(15, 9, size)
     for channel in range(3):  # the intermediate channels: colours, colours times y, then 1, y, yy
         down[channel, channel], down[3 + channel, channel] = powers[0], powers[1]
         across[channel, channel], across[3 + channel, channel] = powers[0], powers[1]

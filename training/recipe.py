@@ -154,6 +154,7 @@ RECIPES: dict[str, TrainingConfig] = {
         shuffle_colors=True,
         l1=0.0,
         psnr=1.0,
+        ssim=0.5,
         adversarial=0.0,
         perceptual=0.0,
         style=0.0,
