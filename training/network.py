@@ -282,7 +282,7 @@ class EdgeContinuation(nn.Module):
         side = down.shape[2] // 2
         moments = F.conv2d(F.conv2d(known, down, padding=(side, 0)), across, padding=(0, side))
         total = moments[:, 9:10] + prior
-        colour, colour_x, colour_y, _, x1, y1, xx, xy, yy = torch.split(moments / total, (3, 3, 3, 1, 1, 1, 1, 1, 1), 1)
+        colour, colour_x, colour_y, _, x1, y1, xx, xy, yy = torch.split(moments / total, [3, 3, 3, 1, 1, 1, 1, 1, 1], 1)
         xx, xy, yy = xx - x1 * x1 + ridge, xy - x1 * y1, yy - y1 * y1 + ridge  # the variances of the positions
         determinant = xx * yy - xy * xy
         along_x, along_y = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
