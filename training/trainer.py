@@ -31,7 +31,7 @@ from .network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .run_files import RunFolder, RunLog
-from .winograd import use_winograd, worthwhile
+from .winograd import release_scratch, use_winograd, worthwhile
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Trainer:
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
-        self.config, self.fabric, self.step = config, fabric, 0
+        self.config, self.fabric, self.step, self.save_memory = config, fabric, 0, save_memory
         # On AVX2 processors channels-last makes the wide convolutions' backward slower, by a quarter of the step.
         on_gpu = fabric.device.type == "cuda"
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format
@@ -195,6 +195,8 @@ class Trainer:
         share = 1 / self.config.accumulate
         with self._no_sync(self.generator, not last):
             prediction = self.generator(image, mask)
+            if self.save_memory:
+                release_scratch()  # now that most is kept for the backward pass
             found: Numbers = {}
             real_features = None
             if self.discriminator is not None:

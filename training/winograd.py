@@ -9,6 +9,8 @@ the forward pass. Errors stay below 1e-5 of the largest value, a few times a dir
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -79,7 +81,7 @@ class _Winograd(torch.autograd.Function):
         filters = plan.filters(weight).transpose(1, 2)
         for images in plan.chunks():
             inputs = plan.input_tiles(x[images])
-            outputs = inputs.new_empty(len(inputs), 36, plan.outputs)
+            outputs = _scratch("outputs", len(inputs), 36, plan.outputs)
             torch.bmm(inputs.transpose(0, 1), filters, out=outputs.transpose(0, 1))
             plan.to_pictures(outputs, result[images])
         return result if bias is None else result.add_(bias.view(-1, 1, 1))
@@ -92,17 +94,17 @@ class _Winograd(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         filters = plan.filters(weight) if of_x else None
         x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
-        products = None
-        for images in plan.chunks():
+        products = _scratch("products", 36, plan.outputs, plan.inputs)
+        for number, images in enumerate(plan.chunks()):
             outputs = plan.output_tiles(gradient[images])
             if of_weight:
                 turned, inputs = outputs.permute(1, 2, 0), plan.input_tiles(x[images]).transpose(0, 1)
-                products = torch.bmm(turned, inputs) if products is None else products.baddbmm_(turned, inputs)
+                torch.baddbmm(products, turned, inputs, beta=float(number > 0), out=products)
             if x_gradient is not None and filters is not None:
-                inputs = outputs.new_empty(len(outputs), 36, plan.inputs)
+                inputs = _scratch("inputs", len(outputs), 36, plan.inputs)
                 torch.bmm(outputs.transpose(0, 1), filters, out=inputs.transpose(0, 1))
                 plan.to_input_pictures(inputs, x_gradient[images])
-        weight_gradient = None if products is None else plan.weight_gradient(products)
+        weight_gradient = plan.weight_gradient(products) if of_weight else None
         return x_gradient, weight_gradient, gradient.sum(dim=(0, 2, 3)) if of_bias else None, None, None
 
 
@@ -147,7 +149,9 @@ class _Plan:
 
     def filters(self, weight: Tensor) -> Tensor:
         """Return G g G^T, 36,K,C, of weights K,C,3,3."""
-        return (_FILTER @ weight.detach().reshape(-1, 9).T).view(36, self.outputs, self.inputs)
+        result = _scratch("filters", 36, self.outputs, self.inputs)
+        torch.mm(_FILTER, weight.detach().reshape(-1, 9).T, out=result.view(36, -1))
+        return result
 
     def weight_gradient(self, products: Tensor) -> Tensor:
         """Return K,C,3,3 of 36,K,C: the adjoint of `filters`."""
@@ -156,16 +160,16 @@ class _Plan:
     def input_tiles(self, x: Tensor) -> Tensor:
         """Return B^T d B of every 6x6 patch d of the padded pictures, P,36,C."""
         d = self.dilation
-        laid = x.new_zeros(len(x), self.rows * d, self.columns * d, self.inputs)
+        laid = _scratch("laid", len(x), self.rows * d, self.columns * d, self.inputs).zero_()
         laid[:, self.known[0], self.known[1]] = x.permute(0, 2, 3, 1)
         patches = self._phases(laid, self.rows, self.columns).unfold(3, 6, TILE).unfold(4, 6, TILE)
-        return _for_each(_INPUT, patches.permute(0, 1, 2, 3, 4, 6, 7, 5).reshape(-1, 36, self.inputs))
+        return _for_each(_INPUT, patches.permute(0, 1, 2, 3, 4, 6, 7, 5), "inputs")
 
     def to_input_pictures(self, tiles: Tensor, pictures: Tensor) -> None:
         """Write n,C,H,W of P,36,C: the adjoint of `input_tiles`; patches that overlap add up."""
         n, d = len(pictures), self.dilation
-        patches = _for_each(_INPUT.T, tiles).view(n, d, d, self.down, self.across, 6, 6, self.inputs)
-        laid = tiles.new_zeros(n, self.rows * d, self.columns * d, self.inputs)
+        patches = _for_each(_INPUT.T, tiles, "patches").view(n, d, d, self.down, self.across, 6, 6, self.inputs)
+        laid = _scratch("laid", n, self.rows * d, self.columns * d, self.inputs).zero_()
         phases = self._phases(laid, self.rows, self.columns)
         for i in range(6):
             for j in range(6):
@@ -175,17 +179,18 @@ class _Plan:
     def to_pictures(self, tiles: Tensor, pictures: Tensor) -> None:
         """Write A^T m A of every product m: n,K,H',W' of P,36,K."""
         n, d = len(pictures), self.dilation
-        outputs = _for_each(_OUTPUT, tiles).view(n, d, d, self.down, self.across, TILE, TILE, self.outputs)
-        laid = outputs.permute(0, 7, 3, 5, 1, 4, 6, 2).reshape(n, self.outputs, self.down * TILE * d, -1)
+        outputs = _for_each(_OUTPUT, tiles, "patches").view(n, d, d, self.down, self.across, TILE, TILE, self.outputs)
+        laid = _scratch("laid", n, self.outputs, self.down, TILE, d, self.across, TILE, d)
+        laid = laid.copy_(outputs.permute(0, 7, 3, 5, 1, 4, 6, 2)).view(n, self.outputs, self.down * TILE * d, -1)
         pictures.copy_(laid[:, :, : self.height, : self.width])
 
     def output_tiles(self, gradient: Tensor) -> Tensor:
         """Return P,36,K of n,K,H',W': the adjoint of `to_pictures`."""
         n, d = len(gradient), self.dilation
-        laid = gradient.new_zeros(n, self.down * TILE * d, self.across * TILE * d, self.outputs)
+        laid = _scratch("laid", n, self.down * TILE * d, self.across * TILE * d, self.outputs).zero_()
         laid[:, : self.height, : self.width] = gradient.permute(0, 2, 3, 1)
         pixels = self._phases(laid, self.down * TILE, self.across * TILE).unfold(3, TILE, TILE).unfold(4, TILE, TILE)
-        return _for_each(_OUTPUT.T, pixels.permute(0, 1, 2, 3, 4, 6, 7, 5).reshape(-1, TILE**2, self.outputs))
+        return _for_each(_OUTPUT.T, pixels.permute(0, 1, 2, 3, 4, 6, 7, 5), "outputs")
 
     def _phases(self, laid: Tensor, rows: int, columns: int) -> Tensor:
         """Return n, phase, phase, row, column, channel of n, row x phase, column x phase, channel."""
@@ -193,6 +198,34 @@ class _Plan:
         return laid.view(len(laid), rows, d, columns, d, -1).permute(0, 2, 4, 1, 3, 5)
 
 
-def _for_each(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """Return matrix @ tile for tiles P,n,C: small products, one after the other in cache."""
-    return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
+def _for_each(matrix: Tensor, tiles: Tensor, name: str) -> Tensor:
+    """Return matrix @ tile for every tile, in scratch memory: small products, one after the other in cache.
+
+    tiles: P,n,C, or with P and n spread over several dimensions, in any strides.
+    """
+    size, channels = matrix.shape[1], tiles.shape[-1]
+    if tiles.ndim > 3:
+        tiles = _scratch("patches", *tiles.shape).copy_(tiles).view(-1, size, channels)
+    result = _scratch(name, len(tiles), matrix.shape[0], channels)
+    return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles, out=result)
+
+
+_kept = threading.local()
+
+
+def _scratch(name: str, *shape: int) -> Tensor:
+    """Return float32 memory of that name, one per thread, with whatever is in it.
+
+    Fresh memory for every tile of every convolution would cost as much time as the products: the system clears it.
+    """
+    size = math.prod(shape)
+    memory: Tensor | None = getattr(_kept, name, None)
+    if memory is None or len(memory) < size:
+        memory = torch.empty(size)
+        setattr(_kept, name, memory)
+    return memory[:size].view(shape)
+
+
+def release_scratch() -> None:
+    """Give this thread's scratch memory back."""
+    _kept.__dict__.clear()
