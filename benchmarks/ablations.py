@@ -54,6 +54,7 @@ TITLES = {
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="fidelity", show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True, help="Steps of each run.")
 @click.option("--crop", type=click.IntRange(min=8), default=144, show_default=True, help="Side of the crops.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Crops per step.")
 @click.option("--seeds", type=click.IntRange(min=1), default=2, show_default=True, help="Runs of each variant.")
 @click.option("--device", default="auto", show_default=True, help="As misf-train's.")
 @click.option(
@@ -99,7 +100,7 @@ def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, An
         if state["step"] == settings["steps"]:
             return
     options = ["--data", data, "--filters", name, "--seed", seed, "--save-every", 100]
-    for option in ("config", "recipe", "steps", "crop"):
+    for option in ("config", "recipe", "steps", "crop", "batch"):
         options += [f"--{option}", settings[option]]
     if state:
         options = ["--resume"]
@@ -117,7 +118,8 @@ def _check_same(run: RunFolder, name: str, seed: int, data: Path, settings: dict
     recipe = RECIPES[settings["recipe"]]
     recipe = recipe.without_vgg() if recipe.needs_vgg else recipe
     network = replace(PRESETS[settings["config"]], **ABLATIONS[name])
-    wanted = replace(recipe, network=network, steps=settings["steps"], crop=settings["crop"], seed=seed)
+    sizes = {key: settings[key] for key in ("steps", "crop", "batch")}
+    wanted = replace(recipe, network=network, seed=seed, **sizes)
     there = run.read_settings()
     if (there["recipe"], there["data"]) != (json.loads(wanted.to_json()), str(data.resolve())):
         raise MisfError(f"{run.path} holds a run of another recipe, size, length or data: give another --runs")
@@ -160,9 +162,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"{report['config']}, recipe {report['recipe']}, {report['steps']} steps on crops of {report['crop']}, "
-        f"means of {report['seeds']} seeds (the last column: their standard deviation), on {report['pictures']} "
-        f"photographs ({report['val']}), centre crops of 256x256, masks of seed 0. PSNR in dB.",
+        f"{report['config']}, recipe {report['recipe']}, {report['steps']} steps of {report['batch']} crops of "
+        f"{report['crop']}, means of {report['seeds']} seeds (the last column: their standard deviation), on "
+        f"{report['pictures']} photographs ({report['val']}), centre crops of 256x256, masks of seed 0. PSNR in dB.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -66,8 +66,27 @@ class ConvBlock(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, count: int) -> None:
         layers: list[nn.Module] = []
         for index in range(count):
-            layers += [nn.Conv2d(in_channels if index == 0 else out_channels, out_channels, 3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(in_channels if index == 0 else out_channels, out_channels, 3, padding=1)]
+            layers.append(nn.ReLU(inplace=True))
         super().__init__(*layers)
+
+
+class JoiningBlock(ConvBlock):
+    """A `ConvBlock` on two feature maps, x and, beside it, one that is made `factor` times as large to fit."""
+
+    def __init__(self, in_channels: int, out_channels: int, count: int, factor: int) -> None:
+        super().__init__(in_channels, out_channels, count)
+        self.factor = factor
+        self.recompute = False
+
+    def forward(self, x: Tensor, smaller: Tensor) -> Tensor:  # type: ignore[override]
+        """Return N,K,H,W for x N,C,H,W and N,D,H/factor,W/factor."""
+        first, *rest = self
+        assert isinstance(first, nn.Conv2d)
+        y = between(self.recompute, lambda x, y: _of_both(first, x, _enlarge(y, self.factor)), x, smaller)
+        for layer in rest:
+            y = layer(y)
+        return y
 
 
 class PredictionBranch(nn.Module):
@@ -75,7 +94,6 @@ class PredictionBranch(nn.Module):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.recompute = False
         width, convs, levels = config.prediction_width, config.prediction_convs, config.prediction_levels
         linked = 2 * width + 2 * config.width  # level 2's output beside the features of the filtering branch
         inputs, outputs = (4, width, linked, 4 * width), (width, 2 * width, 4 * width, 8 * width)
@@ -84,25 +102,29 @@ class PredictionBranch(nn.Module):
             seen = (width, linked, 4 * width)[config.feature_filter_level - 1]
             self.feature_taps = nn.Conv2d(seen, config.feature_taps, 1)
         if config.image_filter:
-            self.up3 = ConvBlock(12 * width, 4 * width, convs)
-            self.up2 = ConvBlock(4 * width + linked, 2 * width, convs)
-            self.up1 = ConvBlock(3 * width, width, convs)
+            self.up3 = JoiningBlock(12 * width, 4 * width, convs, 1)
+            self.up2 = JoiningBlock(4 * width + linked, 2 * width, convs, 2)
+            self.up1 = JoiningBlock(3 * width, width, convs, 2)
             self.image_taps = nn.Conv2d(width, 3 * config.kernel_size**2, 1)
 
     def image_filter_taps(self, full: Tensor, half: Tensor, quarter: Tensor) -> Tensor:
         """Return the image filter's taps N,3*K*K,H,W from what the branch saw at the three resolutions."""
-        x = self._joined(self.up3, quarter, self.down[3](quarter), 1)
-        x = self._joined(self.up2, half, x, 2)
-        x = self._joined(self.up1, full, x, 2)
-        taps: Tensor = self.image_taps(x)
+        x = self.up3(quarter, self.down[3](quarter))
+        taps: Tensor = self.image_taps(self.up1(full, self.up2(half, x)))
         return taps
 
-    def _joined(self, block: nn.Sequential, beside: Tensor, x: Tensor, factor: int) -> Tensor:
-        first, *rest = block
-        x = between(self.recompute, lambda a, b: first(torch.cat([a, _enlarge(b, factor)], dim=1)), beside, x)
-        for layer in rest:
-            x = layer(x)
-        return x
+
+def _of_both(conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
+    """Return conv(cat([x, y])); when training on a CPU the sum of two convolutions, which is faster there.
+
+    It also saves memory: the gradient of a concatenation stays whole until the last use of either part.
+    """
+    if x.device.type != "cpu" or not conv.training:
+        result: Tensor = conv(torch.cat([x, y], dim=1))
+        return result
+    of_x, of_y = torch.split(conv.weight, [x.shape[1], y.shape[1]], dim=1)
+    result = conv._conv_forward(x, of_x, conv.bias)
+    return result.add_(conv._conv_forward(y, of_y, None))
 
 
 def _enlarge(x: Tensor, factor: int) -> Tensor:
@@ -137,10 +159,20 @@ class InpaintingNetwork(nn.Module):
         self.edges = EdgeContinuation() if config.fill_first else None
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
 
+    def stages(self) -> list[nn.Module]:
+        """Return the parts whose tensors are of one size each, as far as a part is one module."""
+        parts: list[nn.Module] = [*self.down, self.middle, *self.up, self.head]
+        if self.prediction is not None:
+            branch = self.prediction
+            parts += branch.down
+            if self.config.image_filter:
+                parts += [branch.up3, branch.up2, branch.up1]
+        return parts
+
     def save_memory(self) -> None:
         """From now on keep less for the backward pass, and compute it again there: same numbers (see `between`)."""
         for module in self.modules():
-            if isinstance(module, InpaintingNetwork | PredictionBranch | ResidualBlock):
+            if isinstance(module, InpaintingNetwork | JoiningBlock | ResidualBlock):
                 module.recompute = True
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import logging
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from ..plugins.errors import MisfError
@@ -27,6 +26,7 @@ from . import losses
 from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
+from .heap import keep_heap_small, trim_heap
 from .network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
@@ -69,13 +69,10 @@ def end_processes(fabric: Fabric) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _return_freed_memory() -> None:
-    """Make glibc give large freed blocks back at once: those that it keeps are fragments, a fifth of the peak."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2 << 20)
-
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
+def _release_scratch_before(_module: nn.Module, _inputs: Any, result: Tensor) -> None:
+    """Hook: release scratch memory when a module's backward pass begins. The head needs none, and is at the peak."""
+    if result.requires_grad:
+        result.register_hook(lambda _gradient: release_scratch())  # type: ignore[no-untyped-call]
 
 
 class StepSampler(Sampler[int]):
@@ -136,7 +133,9 @@ class Trainer:
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
         if save_memory:
             network.save_memory()
-            _return_freed_memory()
+            if fabric.device.type == "cpu":
+                keep_heap_small(network.stages())
+                network.head.register_forward_hook(_release_scratch_before)
         if fabric.device.type == "cpu" and worthwhile():
             use_winograd(network)
         optimizers = make_optimizers(network, config)
@@ -194,19 +193,28 @@ class Trainer:
         """Add the gradients of one batch to both networks: one forward of the generator, two of the discriminator."""
         share = 1 / self.config.accumulate
         with self._no_sync(self.generator, not last):
+            self._trim()
             prediction = self.generator(image, mask)
             if self.save_memory:
                 release_scratch()  # now that most is kept for the backward pass
+            self._trim()
             found: Numbers = {}
             real_features = None
             if self.discriminator is not None:
                 found["discriminator"], real_features = self._judge(prediction.detach(), image, share, last)
+                self._trim()
             with self.fabric.autocast():
                 terms = self._generator_terms(prediction, image, mask, real_features)
+            del real_features
+            self._trim()
             weights = self.config.weights
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
             self.fabric.backward(total * share)
         return {**found, **terms, "total": total}
+
+    def _trim(self) -> None:
+        if self.save_memory:
+            trim_heap()
 
     def _judge(self, fake: Tensor, image: Tensor, share: float, last: bool) -> tuple[Tensor, list[Tensor]]:
         """Add the discriminator's gradients, true and predicted in one batch; return its loss, features of the true."""

@@ -33,13 +33,13 @@ def worthwhile() -> bool:
 class WinogradConv2d(nn.Conv2d):
     """A 3x3 convolution of stride 1 that, when training in float32 on a CPU, goes by Winograd's way."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return N,K,H',W' for N,C,H,W."""
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         trains = torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if x.device.type != "cpu" or x.dtype != torch.float32 or not trains:
-            return super().forward(x)
+            direct: Tensor = super()._conv_forward(x, weight, bias)
+            return direct
         sizes = int(self.padding[0]), self.dilation[0]
-        result: Tensor = _Winograd.apply(x, self.weight, self.bias, *sizes)  # type: ignore[no-untyped-call]
+        result: Tensor = _Winograd.apply(x, weight, bias, *sizes)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -92,19 +92,24 @@ class _Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         plan: _Plan = ctx.plan
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        filters = plan.filters(weight) if of_x else None
-        x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format) if of_x else None
-        products = _scratch("products", 36, plan.outputs, plan.inputs)
-        for number, images in enumerate(plan.chunks()):
-            outputs = plan.output_tiles(gradient[images])
-            if of_weight:
+        chunks, outputs = list(plan.chunks()), None
+        weight_gradient = x_gradient = None
+        if of_weight:
+            products = _scratch("matrices", 36, plan.outputs, plan.inputs)
+            for images in chunks:
+                outputs = plan.output_tiles(gradient[images])
                 turned, inputs = outputs.permute(1, 2, 0), plan.input_tiles(x[images]).transpose(0, 1)
-                torch.baddbmm(products, turned, inputs, beta=float(number > 0), out=products)
-            if x_gradient is not None and filters is not None:
+                torch.baddbmm(products, turned, inputs, beta=float(images.start > 0), out=products)
+            weight_gradient = plan.weight_gradient(products)
+        if of_x:  # after the weight's: both take memory for 36 matrices, the same
+            filters = plan.filters(weight)
+            x_gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for images in chunks:
+                if outputs is None or len(chunks) > 1:
+                    outputs = plan.output_tiles(gradient[images])
                 inputs = _scratch("inputs", len(outputs), 36, plan.inputs)
                 torch.bmm(outputs.transpose(0, 1), filters, out=inputs.transpose(0, 1))
                 plan.to_input_pictures(inputs, x_gradient[images])
-        weight_gradient = plan.weight_gradient(products) if of_weight else None
         return x_gradient, weight_gradient, gradient.sum(dim=(0, 2, 3)) if of_bias else None, None, None
 
 
@@ -139,6 +144,9 @@ class _Plan:
         self.down, self.across = (-(-side // (TILE * dilation)) for side in (self.height, self.width))
         self.known = [slice(padding, padding + side) for side in size]
         self.rows, self.columns = TILE * self.down + 2, TILE * self.across + 2
+        # Whether tiles cover outputs and padded inputs exactly: else zeros fill them up.
+        whole = TILE * dilation * self.down, TILE * dilation * self.across
+        self.exact = whole == (self.height, self.width)
 
     def chunks(self) -> Iterator[slice]:
         """Yield slices of the batch whose transformed inputs fit the workspace."""
@@ -149,7 +157,7 @@ class _Plan:
 
     def filters(self, weight: Tensor) -> Tensor:
         """Return G g G^T, 36,K,C, of weights K,C,3,3."""
-        result = _scratch("filters", 36, self.outputs, self.inputs)
+        result = _scratch("matrices", 36, self.outputs, self.inputs)
         torch.mm(_FILTER, weight.detach().reshape(-1, 9).T, out=result.view(36, -1))
         return result
 
@@ -160,7 +168,9 @@ class _Plan:
     def input_tiles(self, x: Tensor) -> Tensor:
         """Return B^T d B of every 6x6 patch d of the padded pictures, P,36,C."""
         d = self.dilation
-        laid = _scratch("laid", len(x), self.rows * d, self.columns * d, self.inputs).zero_()
+        laid = _scratch("laid", len(x), self.rows * d, self.columns * d, self.inputs)
+        if self.padding or not self.exact:
+            laid.zero_()
         laid[:, self.known[0], self.known[1]] = x.permute(0, 2, 3, 1)
         patches = self._phases(laid, self.rows, self.columns).unfold(3, 6, TILE).unfold(4, 6, TILE)
         return _for_each(_INPUT, patches.permute(0, 1, 2, 3, 4, 6, 7, 5), "inputs")
@@ -180,17 +190,29 @@ class _Plan:
         """Write A^T m A of every product m: n,K,H',W' of P,36,K."""
         n, d = len(pictures), self.dilation
         outputs = _for_each(_OUTPUT, tiles, "patches").view(n, d, d, self.down, self.across, TILE, TILE, self.outputs)
-        laid = _scratch("laid", n, self.outputs, self.down, TILE, d, self.across, TILE, d)
-        laid = laid.copy_(outputs.permute(0, 7, 3, 5, 1, 4, 6, 2)).view(n, self.outputs, self.down * TILE * d, -1)
-        pictures.copy_(laid[:, :, : self.height, : self.width])
+        laid = pictures if self.exact else self._whole(n)
+        laid.view(self._tiled(n)).copy_(outputs.permute(0, 7, 3, 5, 1, 4, 6, 2))
+        if not self.exact:
+            pictures.copy_(laid[:, :, : self.height, : self.width])
 
     def output_tiles(self, gradient: Tensor) -> Tensor:
         """Return P,36,K of n,K,H',W': the adjoint of `to_pictures`."""
-        n, d = len(gradient), self.dilation
-        laid = _scratch("laid", n, self.down * TILE * d, self.across * TILE * d, self.outputs).zero_()
-        laid[:, : self.height, : self.width] = gradient.permute(0, 2, 3, 1)
-        pixels = self._phases(laid, self.down * TILE, self.across * TILE).unfold(3, TILE, TILE).unfold(4, TILE, TILE)
-        return _for_each(_OUTPUT.T, pixels.permute(0, 1, 2, 3, 4, 6, 7, 5), "outputs")
+        n = len(gradient)
+        if not self.exact:
+            laid = self._whole(n).zero_()
+            laid[:, :, : self.height, : self.width] = gradient
+            gradient = laid
+        pixels = gradient.reshape(self._tiled(n)).permute(0, 4, 7, 2, 5, 3, 6, 1)
+        return _for_each(_OUTPUT.T, pixels, "outputs")
+
+    def _whole(self, n: int) -> Tensor:
+        d = self.dilation
+        return _scratch("laid", n, self.outputs, TILE * d * self.down, TILE * d * self.across)
+
+    def _tiled(self, n: int) -> tuple[int, ...]:
+        """Return the shape in which n pictures' rows are (tile, row of the tile, phase), columns alike."""
+        d = self.dilation
+        return n, self.outputs, self.down, TILE, d, self.across, TILE, d
 
     def _phases(self, laid: Tensor, rows: int, columns: int) -> Tensor:
         """Return n, phase, phase, row, column, channel of n, row x phase, column x phase, channel."""
