@@ -66,13 +66,13 @@ class ConvBlock(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, count: int) -> None:
         layers: list[nn.Module] = []
         for index in range(count):
-            layers += [nn.Conv2d(in_channels if index == 0 else out_channels, out_channels, 3, padding=1)]
-            layers.append(nn.ReLU(inplace=True))
+            inputs = in_channels if index == 0 else out_channels
+            layers += [nn.Conv2d(inputs, out_channels, 3, padding=1), nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
 
 class JoiningBlock(ConvBlock):
-    """A `ConvBlock` on two feature maps, x and, beside it, one that is made `factor` times as large to fit."""
+    """A `ConvBlock` on the channels of two feature maps; the second is enlarged `factor` times to fit the first."""
 
     def __init__(self, in_channels: int, out_channels: int, count: int, factor: int) -> None:
         super().__init__(in_channels, out_channels, count)
@@ -115,9 +115,10 @@ class PredictionBranch(nn.Module):
 
 
 def _of_both(conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
-    """Return conv(cat([x, y])); when training on a CPU the sum of two convolutions, which is faster there.
+    """Return conv(cat([x, y])); in training mode on a CPU as the sum of two convolutions, which saves memory.
 
-    It also saves memory: the gradient of a concatenation stays whole until the last use of either part.
+    The gradient of a concatenation stays whole until the last use of either part. By the mode, not by whether gradients
+    are enabled: the exporter traces with gradients, and its graph keeps the published form.
     """
     if x.device.type != "cpu" or not conv.training:
         result: Tensor = conv(torch.cat([x, y], dim=1))
@@ -160,7 +161,7 @@ class InpaintingNetwork(nn.Module):
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
 
     def stages(self) -> list[nn.Module]:
-        """Return the parts whose tensors are of one size each, as far as a part is one module."""
+        """Return the modules that follow one another at changing sizes: where the heap is worth trimming (`heap.py`)."""
         parts: list[nn.Module] = [*self.down, self.middle, *self.up, self.head]
         if self.prediction is not None:
             branch = self.prediction
