@@ -161,7 +161,7 @@ class InpaintingNetwork(nn.Module):
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
 
     def stages(self) -> list[nn.Module]:
-        """Return the modules that follow one another at changing sizes: where the heap is worth trimming (`heap.py`)."""
+        """Return the modules that follow one another at changing sizes: where to trim the heap (`heap.py`)."""
         parts: list[nn.Module] = [*self.down, self.middle, *self.up, self.head]
         if self.prediction is not None:
             branch = self.prediction
