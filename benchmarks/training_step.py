@@ -41,21 +41,31 @@ def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: in
     return (torch.stack(copies, dim=2) * expanded).sum(dim=2)
 
 
+def plain_join(conv: torch.nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
+    """Return the convolution of both tensors' channels."""
+    result: Tensor = conv(torch.cat([x, y], dim=1))
+    return result
+
+
 def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
     """Return the step of the obvious implementation."""
     from misf.training import losses, network
     from misf.training.discriminator import PatchDiscriminator
 
-    network.dynamic_filter = plain_filter
+    network.dynamic_filter, network._of_both = plain_filter, plain_join
+    network.InstanceNorm.forward = lambda _self, x: F.instance_norm(x)
     generator = network.InpaintingNetwork(config.network)
     network.initialize(generator)
+    for module in generator.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = False
     judge = PatchDiscriminator()
     optimizer = torch.optim.Adam(generator.parameters(), config.learning_rate, betas=config.betas)
     judging = torch.optim.Adam(judge.parameters(), config.learning_rate / 10, betas=config.betas)
 
     def step(image: Tensor, mask: Tensor) -> None:
         prediction = generator(image, mask)
-        of_image, _ = judge(image)
+        of_image, real_features = judge(image)
         of_fake, _ = judge(prediction.detach())
         judging.zero_grad()
         loss = losses.adversarial_loss(of_image, True) + losses.adversarial_loss(of_fake, False)
@@ -63,7 +73,6 @@ def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
         judging.step()
         optimizer.zero_grad()
         scores, features = judge(prediction)
-        _, real_features = judge(image)
         total = losses.l1_over_mask(prediction, image, mask) + losses.hole_loss(prediction, image, mask)
         total = total + config.adversarial * losses.adversarial_loss(scores, True, for_generator=True)
         total = total + config.feature_matching * losses.feature_matching_loss(features, real_features)
@@ -75,6 +84,10 @@ def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
 
 def our_step(config: Any, precision: str, save_memory: bool) -> Callable[[Tensor, Tensor], None]:
     """Return the step of misf-train."""
+    from misf.training.heap import prefer_huge_pages
+
+    if save_memory:
+        prefer_huge_pages()
     from misf.training.trainer import Trainer, make_fabric
 
     trainer = Trainer(config, make_fabric("auto", precision), save_memory=save_memory)

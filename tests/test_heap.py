@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -28,3 +32,38 @@ def test_trims_after_every_forward_and_before_every_backward_pass(monkeypatch: p
     with torch.no_grad():
         stages(x)
     assert len(trims) == 6
+
+
+def vm_rss() -> int:
+    """Resident memory in bytes, as the system's status file has it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap is trimmed")
+def test_trims_what_is_beyond_the_most_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    heap.keep_freed_memory()
+    monkeypatch.setattr(heap, "_most_in_use", 0)
+    heap.trim_heap()
+    before = vm_rss()
+    blocks = [torch.ones(1 << 18) for _ in range(200)]  # a megabyte each
+    last = torch.ones(1 << 16)  # keeps the heap's end where it is
+    assert vm_rss() > before + (150 << 20)
+    del blocks
+    monkeypatch.setattr(heap, "_most_in_use", before + (500 << 20))
+    heap.trim_heap()
+    assert vm_rss() > before + (150 << 20)
+    monkeypatch.setattr(heap, "_most_in_use", 0)
+    heap.trim_heap()
+    assert vm_rss() < before + (50 << 20)
+    assert abs(heap.resident() - vm_rss()) < 8 << 20
+    assert last.sum() == 1 << 16
+
+
+@pytest.mark.parametrize(("set_already", "expected"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_huge_pages_are_a_default_that_the_environment_overrules(
+    set_already: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(set_already))
+    heap.prefer_huge_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected

@@ -15,6 +15,7 @@ from misf.training.config import FILL_MULTIPLE
 from misf.training.network import (
     EdgeContinuation,
     InpaintingNetwork,
+    InstanceNorm,
     composite,
     initialize,
     network_input,
@@ -214,6 +215,23 @@ def test_edges_leave_what_is_out_of_reach_and_one_colour_alone() -> None:
     assert torch.isfinite(prediction.grad).all()
     colour = torch.full((1, 3, 32, 32), 0.7)
     torch.testing.assert_close(EdgeContinuation()(network_input(colour, mask), colour), colour, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_instance_norm_is_its_definition(training: bool) -> None:
+    torch.manual_seed(0)
+    x = (3 * torch.randn(2, 5, 7, 9) + 10).requires_grad_()
+    direction = torch.randn(2, 5, 7, 9)
+    exact = x.detach().double().requires_grad_()
+    variance, mean = torch.var_mean(exact, dim=(2, 3), correction=0, keepdim=True)
+    expected = (exact - mean) / (variance + 1e-5).sqrt()
+    found = InstanceNorm().train(training)(x)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=1e-5)
 
 
 def test_what_is_under_the_mask_is_never_read() -> None:

@@ -14,6 +14,7 @@ import click
 from ..plugins.cli_support import command, wants_progress_bar
 from ..plugins.errors import EnvironmentMismatch, MisfError
 from .config import PRESETS
+from .heap import prefer_huge_pages
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
 from .run_files import RunFolder
 
@@ -204,6 +205,8 @@ def _check_installed() -> None:
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
+    if options["save_memory"]:
+        prefer_huge_pages()
     from .trainer import Trainer, end_processes, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))

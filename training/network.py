@@ -20,20 +20,30 @@ from .config import NetworkConfig
 from .winograd import recomputing
 
 
+class InstanceNorm(nn.Module):
+    """Instance norm without weights and running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return N,C,H,W, every channel of every picture with mean 0 and variance 1."""
+        if self.training and x.device.type == "cpu" and x.dtype == torch.float32:
+            return F.group_norm(x, x.shape[1])  # the same, by a kernel that is twice as fast forward
+        return F.instance_norm(x)
+
+
 class ResidualBlock(nn.Module):
     """Two reflect-padded 3x3 convolutions, with instance norm if `normalize`, added to the input."""
 
     def __init__(self, channels: int, dilation: int, normalize: bool = True) -> None:
         super().__init__()
         self.dilation = dilation
-        self.norm = F.instance_norm if normalize else _identity
+        self.norm = InstanceNorm() if normalize else nn.Identity()
         self.recompute = False
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
         self.conv2 = nn.Conv2d(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
-        y = between(self.recompute, lambda x: self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect")), x)
+        y = self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect"))
         y = between(self.recompute, lambda y: self.conv2(F.pad(F.relu(self.norm(y)), (1, 1, 1, 1), mode="reflect")), y)
         return x + self.norm(y)
 
@@ -54,10 +64,6 @@ def between(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -
         context_fn=lambda: (contextlib.nullcontext(), recomputing()),
     )
     return result
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 class ConvBlock(nn.Sequential):
@@ -141,7 +147,7 @@ class InpaintingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
-        self.norm = F.instance_norm if config.normalize else _identity
+        self.norm = InstanceNorm() if config.normalize else nn.Identity()
         width = config.width
         self.stem = nn.Conv2d(4, width, 7)
         self.down = nn.ModuleList(

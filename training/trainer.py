@@ -26,7 +26,7 @@ from . import losses
 from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
-from .heap import keep_heap_small, trim_heap
+from .heap import keep_freed_memory, keep_heap_small, trim_heap
 from .network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
@@ -131,6 +131,8 @@ class Trainer:
         network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.network = network
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
         if save_memory:
             network.save_memory()
             if fabric.device.type == "cpu":

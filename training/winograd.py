@@ -190,29 +190,28 @@ class _Plan:
         """Write A^T m A of every product m: n,K,H',W' of P,36,K."""
         n, d = len(pictures), self.dilation
         outputs = _for_each(_OUTPUT, tiles, "patches").view(n, d, d, self.down, self.across, TILE, TILE, self.outputs)
-        laid = pictures if self.exact else self._whole(n)
-        laid.view(self._tiled(n)).copy_(outputs.permute(0, 7, 3, 5, 1, 4, 6, 2))
-        if not self.exact:
-            pictures.copy_(laid[:, :, : self.height, : self.width])
+        laid = self._outputs_laid(n)
+        laid.view(self._tiled(n)).copy_(outputs.permute(0, 3, 5, 1, 4, 6, 2, 7))
+        pictures.copy_(laid[:, : self.height, : self.width].permute(0, 3, 1, 2))
 
     def output_tiles(self, gradient: Tensor) -> Tensor:
         """Return P,36,K of n,K,H',W': the adjoint of `to_pictures`."""
         n = len(gradient)
+        laid = self._outputs_laid(n)
         if not self.exact:
-            laid = self._whole(n).zero_()
-            laid[:, :, : self.height, : self.width] = gradient
-            gradient = laid
-        pixels = gradient.reshape(self._tiled(n)).permute(0, 4, 7, 2, 5, 3, 6, 1)
+            laid.zero_()
+        laid[:, : self.height, : self.width] = gradient.permute(0, 2, 3, 1)
+        pixels = laid.view(self._tiled(n)).permute(0, 3, 6, 1, 4, 2, 5, 7)
         return _for_each(_OUTPUT.T, pixels, "outputs")
 
-    def _whole(self, n: int) -> Tensor:
+    def _outputs_laid(self, n: int) -> Tensor:
         d = self.dilation
-        return _scratch("laid", n, self.outputs, TILE * d * self.down, TILE * d * self.across)
+        return _scratch("laid", n, TILE * d * self.down, TILE * d * self.across, self.outputs)
 
     def _tiled(self, n: int) -> tuple[int, ...]:
         """Return the shape in which n pictures' rows are (tile, row of the tile, phase), columns alike."""
         d = self.dilation
-        return n, self.outputs, self.down, TILE, d, self.across, TILE, d
+        return n, self.down, TILE, d, self.across, TILE, d, self.outputs
 
     def _phases(self, laid: Tensor, rows: int, columns: int) -> Tensor:
         """Return n, phase, phase, row, column, channel of n, row x phase, column x phase, channel."""
