@@ -4,11 +4,11 @@
 
 `misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last on a GPU, a filter whose backward
 keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `misf, saving
-memory`: the same with --save-memory. `plain`: the same networks and losses written down the obvious way: NCHW, nine
-shifted copies stacked and multiplied by the expanded taps, the discriminator called once each for true, predicted and
-passing pictures. All float32, unless --precision says otherwise. Every measurement is a process of its own, the
-variants taking turns; medians of the steps' times, the peak of the process's memory less what it took before the first
-step.
+memory`: the same with --save-memory. `plain`: the same networks and losses in the published code's order of operations:
+NCHW, nine shifted copies stacked and multiplied by the expanded taps, decoders that concatenate their inputs, the
+discriminator called once each for true, predicted and passing pictures. All float32, unless --precision says otherwise.
+Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the peak of the
+process's memory less what it took before the first step.
 """
 
 from __future__ import annotations
