@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,13 @@ def test_huge_pages_are_a_default_that_the_environment_overrules(
     monkeypatch.setattr(os, "environ", dict(set_already))
     heap.prefer_huge_pages()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], None), (["--save-memory"], "1")])
+def test_training_asks_for_huge_pages_before_any_tensor(flags: list[str], expected: str | None, tmp_path: Path) -> None:
+    report = "f\"{'torch' in sys.modules} {os.environ.get('THP_MEM_ALLOC_ENABLE')}\""
+    program = f"import os, sys; from misf.training import cli; cli._settings = lambda _: sys.exit({report}); cli.main()"
+    command = [sys.executable, "-c", program, "--data", str(tmp_path), "--output", str(tmp_path / "run"), *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == f"False {expected}"

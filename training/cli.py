@@ -91,7 +91,9 @@ def main(output: Path, resume: bool, **options: Any) -> None:
         _refuse_changes()
         settings = folder.read_settings()
         options |= {name: settings[name] for name in KEPT if not _given(name)}
-    else:
+    if options["save_memory"]:
+        prefer_huge_pages()
+    if not resume:
         if folder.exists:
             raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
         if options["data"] is None:
@@ -205,8 +207,6 @@ def _check_installed() -> None:
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
-    if options["save_memory"]:
-        prefer_huge_pages()
     from .trainer import Trainer, end_processes, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
