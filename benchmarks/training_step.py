@@ -48,7 +48,7 @@ def plain_join(conv: torch.nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
 
 
 def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
-    """Return the step of the obvious implementation."""
+    """Return the step in the published code's order of operations; changes the modules of this process to that end."""
     from misf.training import losses, network
     from misf.training.discriminator import PatchDiscriminator
 

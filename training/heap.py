@@ -1,6 +1,6 @@
 """The C library's heap, for training on a CPU: where the system would clear new memory all the time, or keep too much.
 
-All of this is for glibc; with another C library nothing happens.
+Thresholds and trimming are for glibc; with another C library nothing happens.
 """
 
 from __future__ import annotations
