@@ -27,6 +27,7 @@ from misf.plugins.errors import MisfError
 from misf.training import PRESETS, NetworkConfig, cli, load_model
 from misf.training.cli import main
 from misf.training.dataset import Pictures, TrainingSamples, picture_paths
+from misf.training.losses import Vgg19
 from misf.training.masks import RandomMasks
 from misf.training.network import composite
 from misf.training.recipe import ABLATIONS, RECIPES, TrainingConfig
@@ -192,6 +193,37 @@ def test_a_seed_decides_everything_and_accumulation_nothing(photographs: Path) -
     at_once, _ = losses_of(tiny_recipe(**plain), photographs)
     in_parts, _ = losses_of(tiny_recipe(accumulate=4, **plain), photographs)
     assert in_parts == pytest.approx(at_once, rel=1e-3)
+
+
+@pytest.mark.parametrize("save_memory", [False, True], ids=["keeping all", "saving memory"])
+def test_bf16_is_mixed_and_learns_the_same(save_memory: bool, photographs: Path) -> None:
+    """Weights, averages and losses stay float32; the loss and its gradient are float32's but for rounding."""
+    config = tiny_recipe(steps=1, psnr=0.1, ssim=0.5, known=1.0, perceptual=0.1, style=250.0)
+    torch.manual_seed(0)
+    vgg = Vgg19()
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = Trainer(config, make_fabric("cpu", precision), vgg=vgg, save_memory=save_memory)
+        numbers = trainer.train_step(trainer.batches(samples(photographs, config)))
+        assert {value.dtype for value in numbers.values()} == {torch.float32}, numbers
+        assert all(tensor.dtype == torch.float32 for tensor in trainer.average.state_dict().values())
+        gradients = [parameter.grad for parameter in trainer.network.parameters()]
+        found.append(
+            ({name: float(value) for name, value in numbers.items()}, torch.cat([g.flatten() for g in gradients]))
+        )
+    (exact, gradient), (mixed, mixed_gradient) = found
+    assert mixed == pytest.approx(exact, rel=0.02)
+    assert mixed != exact
+    assert mixed_gradient.dtype == torch.float32
+    assert torch.cosine_similarity(gradient, mixed_gradient, dim=0) > 0.99
+
+
+def test_bf16_by_emulation_is_not_silent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for found, warnings in (({"avx512_bf16": True, "amx_bf16": False}, 0), ({"avx512_bf16": False, "avx2": True}, 1)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        caplog.clear()
+        make_fabric("cpu", "bf16-mixed")
+        assert len([record for record in caplog.records if "no bfloat16" in record.message]) == warnings
 
 
 def test_one_step_is_adams_on_the_weighted_sum(photographs: Path) -> None:

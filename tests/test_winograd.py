@@ -73,8 +73,8 @@ def test_takes_the_wide_3x3_convolutions_and_keeps_parameters() -> None:
     with torch.device("meta"):
         network, small = InpaintingNetwork(PRESETS["misf"]), InpaintingNetwork(PRESETS["misf-small"])
     names = list(network.state_dict())
-    use_winograd(network)
-    use_winograd(small)
+    use_winograd(network, 128)
+    use_winograd(small, 128)
     taken = [layer for layer in network.modules() if isinstance(layer, WinogradConv2d)]
     assert len(taken) == 30  # 16 in residual blocks, 2 + 3 + 3 down and 3 + 3 up in the prediction branch
     assert list(network.state_dict()) == names
@@ -93,7 +93,7 @@ def test_a_network_learns_the_same(saving: bool) -> None:
     exact = InpaintingNetwork(config).double()
     exact.load_state_dict(network.state_dict())
     exact.predict(x.double()).square().mean().backward()
-    use_winograd(network)
+    use_winograd(network, 128)
     if saving:
         network.save_memory()
     assert any(isinstance(layer, WinogradConv2d) for layer in network.modules())

@@ -104,6 +104,7 @@ def adversarial_loss(scores: Tensor, real: bool, kind: str = "nsgan", *, for_gen
         for_generator: matters to hinge only, whose generator loss has no hinge.
 
     """
+    scores = scores.float()
     if kind == "nsgan":
         return F.softplus(-scores if real else scores).mean()
     if kind == "lsgan":
@@ -116,7 +117,7 @@ def adversarial_loss(scores: Tensor, real: bool, kind: str = "nsgan", *, for_gen
 
 def feature_matching_loss(of_prediction: Sequence[Tensor], of_image: Sequence[Tensor]) -> Tensor:
     """Return the mean over layers of the L1 between the discriminator's features (pix2pixHD, arXiv 1711.11585)."""
-    terms = [F.l1_loss(a, b.detach()) for a, b in zip(of_prediction, of_image, strict=True)]
+    terms = [F.l1_loss(a.float(), b.detach().float()) for a, b in zip(of_prediction, of_image, strict=True)]
     return torch.stack(terms).mean()
 
 
@@ -172,7 +173,8 @@ STYLE_LAYERS = ("relu2_2", "relu3_4", "relu4_4", "relu5_2")
 
 def perceptual_loss(of_prediction: dict[str, Tensor], of_image: dict[str, Tensor]) -> Tensor:
     """Return the sum over PERCEPTUAL_LAYERS of the L1 between VGG features (Johnson et al. 2016)."""
-    return torch.stack([F.l1_loss(of_prediction[name], of_image[name]) for name in PERCEPTUAL_LAYERS]).sum()
+    terms = [F.l1_loss(of_prediction[name].float(), of_image[name].float()) for name in PERCEPTUAL_LAYERS]
+    return torch.stack(terms).sum()
 
 
 def style_loss(of_prediction: dict[str, Tensor], of_image: dict[str, Tensor]) -> Tensor:
