@@ -3,18 +3,17 @@
     python benchmarks/training_step.py --config misf --size 128 --batch 4
 
 `misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last on a GPU, a filter whose backward
-keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `misf, saving
-memory`: the same with --save-memory. `plain`: the same networks and losses in the published code's order of operations:
-NCHW, nine shifted copies stacked and multiplied by the expanded taps, decoders that concatenate their inputs, the
-discriminator called once each for true, predicted and passing pictures. All float32, unless --precision says otherwise.
-Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the peak of the
-process's memory less what it took before the first step.
+keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `saving memory`:
+the same with --save-memory. `bf16`: the same with --precision bf16; only where the device computes in bfloat16.
+`plain`: the same networks and losses in the published code's order of operations, in float32: NCHW, nine shifted copies
+stacked and multiplied by the expanded taps, decoders that concatenate their inputs, the discriminator called once each
+for true, predicted and passing pictures. Every measurement is a process of its own, the variants taking turns; medians
+of the steps' times, the peak of the process's memory less what it took before the first step.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,7 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-VARIANTS = ("plain", "misf", "misf, saving memory")
+VARIANTS = {  # precision, whether saving memory
+    "plain": ("32-true", False),
+    "misf": ("32-true", False),
+    "misf, saving memory": ("32-true", True),
+    "misf, bf16": ("bf16-mixed", False),
+    "misf, bf16, saving memory": ("bf16-mixed", True),
+}
 
 
 def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 1) -> Tensor:
@@ -100,7 +105,7 @@ def our_step(config: Any, precision: str, save_memory: bool) -> Callable[[Tensor
     return step
 
 
-def measure(variant: str, name: str, size: int, batch: int, steps: int, precision: str) -> dict[str, float]:
+def measure(variant: str, name: str, size: int, batch: int, steps: int) -> dict[str, float]:
     """Return one process's median seconds per step and peak memory in MB."""
     from dataclasses import replace
 
@@ -108,7 +113,7 @@ def measure(variant: str, name: str, size: int, batch: int, steps: int, precisio
     from misf.training.recipe import RECIPES
 
     config = replace(RECIPES["paper"].without_vgg(), network=PRESETS[name], crop=size, batch=batch, ema_decay=0.999)
-    step = plain_step(config) if variant == "plain" else our_step(config, precision, variant != "misf")
+    step = plain_step(config) if variant == "plain" else our_step(config, *VARIANTS[variant])
     image = torch.rand(batch, 3, size, size)
     mask = (torch.rand(batch, 1, size // 8, size // 8) > 0.7).float()
     mask = F.interpolate(mask, size=(size, size))
@@ -133,21 +138,22 @@ def memory_mb() -> float:
 @click.option("--batch", default=4, show_default=True)
 @click.option("--steps", default=3, show_default=True, help="Steps per process, after one to warm up.")
 @click.option("--rounds", default=2, show_default=True, help="Processes per variant.")
-@click.option("--precision", type=click.Choice(["32-true", "bf16-mixed"]), default="32-true", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), help="JSON file for the numbers.")
-@click.option("--only", type=click.Choice(VARIANTS), hidden=True)
-def main(
-    name: str, size: int, batch: int, steps: int, rounds: int, precision: str, output: Path | None, only: str | None
-) -> None:
-    """Measure both variants and print a table."""
+@click.option("--only", type=click.Choice(list(VARIANTS)), hidden=True)
+def main(name: str, size: int, batch: int, steps: int, rounds: int, output: Path | None, only: str | None) -> None:
+    """Measure the variants and print a table."""
     if only:
-        click.echo(json.dumps(measure(only, name, size, batch, steps, precision)))
+        click.echo(json.dumps(measure(only, name, size, batch, steps)))
         return
-    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    from misf.training.trainer import computes_bf16
+
+    with_bf16 = torch.cuda.is_available() or computes_bf16()
+    variants = [name for name, (precision, _) in VARIANTS.items() if with_bf16 or precision == "32-true"]
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     sizes = ["--config", name, "--size", str(size), "--batch", str(batch), "--steps", str(steps)]
     for _ in range(rounds):
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, *sizes, "--precision", precision, "--only", variant]
+        for variant in variants:
+            command = [sys.executable, __file__, *sizes, "--only", variant]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[variant].append(json.loads(done.stdout.splitlines()[-1]))
     rows = {
@@ -157,21 +163,14 @@ def main(
         }
         for variant, runs in found.items()
     }
-    click.echo(f"{name}, {batch} x {size}x{size}, {precision}, torch {torch.__version__}, {platform.machine()}\n")
-    click.echo("| | images/s | peak memory of a step, MB |\n| --- | --- | --- |")
+    processor = torch.backends.cpu.get_cpu_capability()
+    click.echo(f"{name}, {batch} x {size}x{size}, torch {torch.__version__}, {processor}\n")
+    click.echo("| | images/s | / plain | peak memory of a step, MB | / plain |\n| --- | ---: | ---: | ---: | ---: |")
     for variant, row in rows.items():
-        click.echo(f"| {variant} | {row['images_per_s']:.2f} | {row['peak_mb']:.0f} |")
-    for variant, row in list(rows.items())[1:]:
         speed, memory = (row[name] / rows["plain"][name] for name in ("images_per_s", "peak_mb"))
-        click.echo(f"| {variant} / plain | {speed:.2f} | {memory:.2f} |")
+        click.echo(f"| {variant} | {row['images_per_s']:.2f} | {speed:.2f} | {row['peak_mb']:.0f} | {memory:.2f} |")
     if output:
-        settings = {
-            "config": name,
-            "size": size,
-            "batch": batch,
-            "precision": precision,
-            "threads": torch.get_num_threads(),
-        }
+        settings = {"config": name, "size": size, "batch": batch, "threads": torch.get_num_threads()}
         document = {"settings": settings, "torch": torch.__version__, "results": rows, "runs": found}
         output.write_text(json.dumps(document, indent=2) + "\n")
 

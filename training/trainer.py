@@ -131,7 +131,7 @@ class Trainer:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
         self.config, self.fabric, self.step, self.save_memory = config, fabric, 0, save_memory
-        # On AVX2 processors channels-last makes the wide convolutions' backward slower, by a quarter of the step.
+        # On CPUs channels-last makes the wide convolutions' backward slower (AVX2) or gains nothing (AVX-512).
         on_gpu = fabric.device.type == "cuda"
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format
         torch.manual_seed(config.seed)
