@@ -103,7 +103,9 @@ def same_state(a: Any, b: Any, where: str = "state") -> None:
         assert a == b, where
 
 
-@pytest.mark.parametrize("more", [(), ("--recipe", "fidelity", "--save-memory")], ids=["paper", "muon"])
+@pytest.mark.parametrize(
+    "more", [(), ("--recipe", "fidelity", "--save-memory", "--precision", "bf16")], ids=["paper", "muon, bf16"]
+)
 def test_killed_and_resumed_is_as_never_stopped(more: tuple[str, ...], photographs: Path, tmp_path: Path) -> None:
     arguments = ("--data", photographs, *QUICK, *more, "--steps", "10", "--device", "cpu")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
