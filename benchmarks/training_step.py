@@ -148,7 +148,7 @@ def main(name: str, size: int, batch: int, steps: int, rounds: int, output: Path
     from misf.training.trainer import computes_bf16
 
     with_bf16 = torch.cuda.is_available() or computes_bf16()
-    variants = [name for name, (precision, _) in VARIANTS.items() if with_bf16 or precision == "32-true"]
+    variants = [variant for variant, (precision, _) in VARIANTS.items() if with_bf16 or precision == "32-true"]
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     sizes = ["--config", name, "--size", str(size), "--batch", str(batch), "--steps", str(steps)]
     for _ in range(rounds):
