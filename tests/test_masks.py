@@ -134,6 +134,25 @@ def test_mask_files_are_mirrored_at_random_but_never_changed(half: Path) -> None
     assert seen == {plain.tobytes(), np.ascontiguousarray(plain[:, ::-1]).tobytes()}  # rows are alike, so two are left
 
 
+def test_training_leaves_out_masks_that_are_broken_or_mark_no_hole(
+    half: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    Image.new("L", (8, 6)).save(tmp_path / "black.png")
+    paths = [tmp_path / "broken.png", half, tmp_path / "black.png"]
+    masks = MaskFolder(paths)
+    drawn = [masks.mask(np.random.default_rng(seed), 6, 8) for seed in range(30)]
+    assert all(mask.sum() == 12 for mask in drawn)
+    assert masks.bad.keys() == {paths[0], paths[2]}
+    assert len(caplog.records) == 2
+    # What a seed draws does not depend on what was found to be bad before.
+    assert all(
+        np.array_equal(MaskFolder(paths).mask(np.random.default_rng(seed), 6, 8), drawn[seed]) for seed in range(9)
+    )
+    with pytest.raises(MisfError, match=r"none of 2 masks can be used, for one mask .*(broken|black)\.png"):
+        MaskFolder(paths[::2]).mask(np.random.default_rng(0), 6, 8)
+
+
 def test_bad_mask_files_are_errors_that_name_them(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(MisfError, match=r"broken\.png"):

@@ -356,7 +356,37 @@ def test_bad_pictures_are_skipped_and_reported(photographs: Path, tmp_path: Path
     (folder / "good.png").unlink()
     result = invoke("--data", folder, *QUICK, "--steps", "2", "--output", tmp_path / "run2", "--device", "cpu")
     assert result.exit_code == 1
-    assert "none of 1000 pictures can be decoded" in result.stderr.splitlines()[-1]
+    assert "none of 2 pictures can be decoded" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run2").exists()
+    result = invoke("--data", photographs, "--val", folder, *QUICK, "--output", tmp_path / "run3", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "none of its pictures can be decoded" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run3").exists()
+
+
+def test_killed_while_it_validates_it_validates_again(photographs: Path, tmp_path: Path) -> None:
+    config = tiny_recipe(steps=3)
+    crop = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cases = [(crop, (torch.arange(32) % 2).float().expand(1, 1, 32, 32))]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        trainer, folder = Trainer(config, make_fabric("cpu")), RunFolder(tmp_path / name)
+        if name == "killed":
+            validate, calls = trainer.validate, iter(range(9))
+            trainer.validate = lambda cases, go=validate, calls=calls: go(cases) if next(calls) < 1 else 1 / 0  # type: ignore[method-assign]
+            with pytest.raises(ZeroDivisionError):
+                train(trainer, samples(photographs, config), folder, log_every=1, save_every=1, cases=cases)
+            state = folder.read_state()
+            assert state is not None
+            assert state["step"] == 1
+            trainer = Trainer(config, make_fabric("cpu"))
+            trainer.load_state(state)
+        train(trainer, samples(photographs, config), folder, log_every=1, save_every=1, cases=cases)
+    logs = [log_of(tmp_path / name) for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert len([line for line in logs[0] if "val_psnr_db" in line]) == 3
+    best = [load_model(tmp_path / name / "best.safetensors").state_dict() for name in ("whole", "killed")]
+    same_state(dict(best[0]), dict(best[1]))
 
 
 def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -380,10 +410,16 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
     assert "leave out" in changed.stderr
     assert "--crop" in changed.stderr
     assert "--seed" in changed.stderr
-    (output / "state.pt").write_bytes((output / "state.pt").read_bytes()[:1000])
-    damaged = invoke("--resume", "--output", output)
-    assert damaged.exit_code == 1
-    assert "damaged" in damaged.stderr.splitlines()[-1]
+    state = (output / "state.pt").read_bytes()
+    for size in (1000, 5000, 20000):  # PyTorch raises other classes for each
+        (output / "state.pt").write_bytes(state[:size])
+        damaged = invoke("--resume", "--output", output)
+        assert damaged.exit_code == 1
+        assert "state.pt is damaged" in damaged.stderr.splitlines()[-1]
+    (output / "run.json").write_text("{}")
+    lacking = invoke("--resume", "--output", output)
+    assert lacking.exit_code == 1
+    assert "it lacks data" in lacking.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -401,6 +437,15 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
         (("--data", ".", "--official"), 2, "--init-from"),
         (("--data", ".", "--masks", "nowhere"), 2, "expected random"),
         (("--data", ".", "--vgg19", "nowhere.pth"), 1, "vgg19-dcbb9e9d.pth"),
+        (("--data", ".", "--recipe", "fidelity", "--vgg19", "any.pth"), 2, "leave out --vgg19"),
+        (("--data", ".", "--set", "learning_rate=-1"), 1, "learning_rate must be above 0"),
+        (("--data", ".", "--set", "clip=-1"), 1, "clip must not be negative"),
+        pytest.param(
+            ("--data", ".", "--device", "cuda"),
+            4,
+            "no NVIDIA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -30,6 +30,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
 KEPT = (*PACE, "save_memory")
+PATHS = ("data", "val", "init_from", "vgg19")
 """Options of a run that --resume takes up, unless they are given anew."""
 ANY_TIME = ("output", "resume", "device", "workers", *KEPT)
 """Options that do not change what a run computes: they go with --resume."""
@@ -90,6 +91,11 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     if resume:
         _refuse_changes()
         settings = folder.read_settings()
+        needed = {"recipe", *PATHS, "masks", "invert_mask", "mask_threshold", "official", "precision", *KEPT}
+        if lacking := needed - settings.keys():
+            raise MisfError(
+                f"{folder.settings} is damaged, or another version's: it lacks {', '.join(sorted(lacking))}"
+            )
         options |= {name: settings[name] for name in KEPT if not _given(name)}
     if options["save_memory"]:
         prefer_huge_pages()
@@ -126,10 +132,9 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError(f"--masks {options['masks']}: expected random, or a folder or list of mask files")
     if options["masks"] == "random" and options["invert_mask"]:
         raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
-    paths = ("data", "val", "init_from", "vgg19")
     return {
         "recipe": json.loads(recipe.to_json()),
-        **{name: options[name] and str(options[name].resolve()) for name in paths},
+        **{name: options[name] and str(options[name].resolve()) for name in PATHS},
         "masks": options["masks"] if options["masks"] == "random" else str(Path(options["masks"]).resolve()),
         "invert_mask": options["invert_mask"],
         "mask_threshold": options["mask_threshold"],
@@ -152,6 +157,8 @@ def _recipe(options: dict[str, Any]) -> TrainingConfig:
     elif options["filters"]:
         network = replace(network, **ABLATIONS[options["filters"]])
     recipe = RECIPES[options["recipe"]]
+    if options["vgg19"] and not recipe.needs_vgg and not options["changes"]:
+        raise click.UsageError(f"--recipe {options['recipe']} does not compare VGG-19's features: leave out --vgg19")
     if recipe.needs_vgg and not options["vgg19"]:
         recipe = recipe.without_vgg()
         log.info("no --vgg19: the discriminator's features take the place of VGG's (see docs/training.md)")
@@ -201,7 +208,7 @@ def _check_installed() -> None:
         import lightning_fabric  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise EnvironmentMismatch(f"training needs {error.name}: pip install misf[train]") from error
+        raise EnvironmentMismatch(f"training needs {error.name}: pip install 'misf[train]'") from error
 
 
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
@@ -221,6 +228,8 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         weights=_weights(settings),
         save_memory=options["save_memory"],
     )
+    cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
+    samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
     state = folder.read_state() if resume else None
     if state is not None:
         trainer.load_state(state)
@@ -240,7 +249,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             log_every=options["log_every"],
             save_every=options["save_every"],
             picture_every=options["picture_every"],
-            cases=_cases(settings, fabric.device) if fabric.is_global_zero else None,
+            cases=cases,
             progress=progress,
         )
     end_processes(fabric)
@@ -301,6 +310,8 @@ def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]]
         image = torch.from_numpy(case.truth.transpose(2, 0, 1).copy()).float().div_(255)
         mask = torch.from_numpy(case.hole.astype("float32"))
         found.append((image[None].to(device), mask[None, None].to(device)))
+    if not found:
+        raise MisfError(f"--val {settings['val']}: none of its pictures can be decoded")
     return found
 
 

@@ -254,9 +254,8 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         while picture is None:
             attempts += 1
             if attempts > 1000:
-                raise MisfError(
-                    f"none of 1000 pictures can be decoded, the last ones being {list(self.pictures.bad)[-1]}"
-                )
+                bad = self.pictures.bad
+                raise MisfError(f"none of {len(bad)} pictures can be decoded, one of them being {list(bad)[-1]}")
             picture = self.pictures.get(int(rng.integers(len(self.pictures))))
         return picture
 

@@ -78,7 +78,7 @@ def main(
 
     \b
     Example:
-        misf-eval --checkpoint best.pt --peers --data photographs/
+        misf-eval --checkpoint best.safetensors --peers --data photographs/
     """
     if not (checkpoints or models or peers):
         raise click.UsageError("nothing to measure: give --checkpoint, --model or --peers")
@@ -140,11 +140,13 @@ def _methods(
     from .peers import PEERS
 
     methods = []
+    names = [path.name for path in (*checkpoints, *models)]
     for path in (*checkpoints, *models):
         # --backend chooses for model files; a checkpoint runs on PyTorch.
         chosen = {**settings, "backend": "auto"} if path in checkpoints else settings
         fill, where = model_fill(path, official=official and path in checkpoints, **chosen)
-        methods.append(Method(path.name, fill, path=path, where=where))
+        name = path.name if names.count(path.name) == 1 else str(path)
+        methods.append(Method(name, fill, path=path, where=where))
     if peers:
         methods += [Method(name, fill, where="cpu") for name, fill in PEERS.items()]
     return methods

@@ -5,6 +5,7 @@ A mask is a bool array H,W here, True = hole.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..plugins.errors import MisfError
+
+log = logging.getLogger(__name__)
 
 Mask = NDArray[np.bool_]
 Band = tuple[float, float]
@@ -171,11 +174,15 @@ class RandomMasks:
         return random_mask(rng, height, width, self.bands[int(rng.integers(len(self.bands)))])
 
 
+_TRIES = 1000
+
+
 class MaskFolder:
     """Masks from files, whatever their mode and size: `mask(rng, height, width)` for training, `read` for measuring.
 
     Args:
-        paths: the mask files; a file that cannot be read is an error that names it.
+        paths: the mask files. One that cannot be read or marks no hole is reported once and left out by `mask`, its
+            path is in `bad`; for `read`, one that cannot be read is an error that names it.
         invert: the files mark what is known, not the hole, as the Dunhuang masks do.
         threshold: grey values above it (0 to 255) are marked.
         cache_bytes: decoded masks are kept, a bit a pixel, up to this size.
@@ -191,6 +198,7 @@ class MaskFolder:
         self.paths = tuple(paths)
         self.invert = invert
         self.threshold = threshold
+        self.bad: dict[Path, str] = {}
         self._space = cache_bytes
         self._kept: dict[int, tuple[NDArray[np.uint8], tuple[int, int]]] = {}
 
@@ -209,9 +217,29 @@ class MaskFolder:
 
     def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
         """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions."""
-        mask = self.read(int(rng.integers(len(self.paths))), height, width)
-        flips = rng.random(2) < 0.5
-        return mask[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+        for _ in range(_TRIES):
+            mask = self._usable(int(rng.integers(len(self.paths))), height, width)
+            if mask is not None:
+                flips = rng.random(2) < 0.5
+                return mask[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+        raise MisfError(
+            f"none of {len(self.bad)} masks can be used, for one {next(iter(self.bad.values()))}; "
+            "--invert-mask and --mask-threshold say what is a hole"
+        )
+
+    def _usable(self, index: int, height: int, width: int) -> Mask | None:
+        path = self.paths[index]
+        if path in self.bad:
+            return None
+        try:
+            mask = self.read(index, height, width)
+            if mask.any() or self.read(index).any():  # resizing may lose a thin hole: that is not the file's fault
+                return mask
+            self.bad[path] = f"mask {path} marks no hole"
+        except MisfError as error:
+            self.bad[path] = str(error)
+        log.warning("%s: skipped", self.bad[path])
+        return None
 
     def _decoded(self, index: int) -> Mask:
         if index in self._kept:

@@ -98,6 +98,12 @@ class TrainingConfig:
             raise ValueError(f"loss weights must not be negative, nor all 0, got {self.weights}")
         if self.feature_matching and not self.adversarial:
             raise ValueError("feature_matching compares the discriminator's features: it needs adversarial above 0")
+        for name in ("learning_rate", "discriminator_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("clip", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, nor infinite, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
 

@@ -73,7 +73,7 @@ class RunFolder:
             return None
         try:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
             raise MisfError(f"{self.state} is damaged: start again, with --init-from {self.weights}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise MisfError(f"{self.state} is not the state of a training run of this misf")

@@ -21,7 +21,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from ..plugins.errors import MisfError
+from ..plugins.errors import EnvironmentMismatch, MisfError
 from . import losses
 from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
@@ -48,7 +48,8 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
 
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise MisfError("--device cuda: no NVIDIA GPU that this PyTorch can use; leave it out, or install a CUDA build")
+        hint = "leave it out, or install a CUDA build"
+        raise EnvironmentMismatch(f"--device cuda: no NVIDIA GPU that this PyTorch can use; {hint}")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     fabric = Fabric(
@@ -380,8 +381,8 @@ def train(
     Raises MisfError when a loss is no longer a number; the last state on disk is from before.
     """
     config, first = trainer.config, trainer.fabric.is_global_zero
-    book = RunLog(folder, trainer.step) if first else None
     shown = [tensor.to(trainer.fabric.device) for tensor in _stacked(samples, min(4, config.batch))]
+    book = RunLog(folder, trainer.step) if first else None
     best = _best_so_far(folder) if first else math.inf
     batches, started, text = trainer.batches(samples, workers), time.perf_counter(), ""
     since = trainer.step
@@ -404,14 +405,14 @@ def train(
                 rate = config.rate(step - 1)
                 book.numbers(step, {**values, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
                 log.debug("step %d: %s", step, text)
-        if saving:
-            trainer.save(folder)
+        if saving:  # the state last: a run that is killed before it does all of this again
             if cases and book is not None:
                 psnr_db = trainer.validate(cases)
-                book.numbers(step, {"val_psnr_db": psnr_db})
                 if psnr_db > best:
                     best = psnr_db
                     trainer.save_weights(folder.best)
+                book.numbers(step, {"val_psnr_db": psnr_db})
+            trainer.save(folder)
         if book is not None and (step % picture_every == 0 or last):
             image, mask = shown
             book.pictures(step, [torch.where(mask > 0.5, 1.0, image), trainer.filled(image, mask), image])
