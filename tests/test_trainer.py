@@ -364,6 +364,18 @@ def test_bad_pictures_are_skipped_and_reported(photographs: Path, tmp_path: Path
     assert not (tmp_path / "run3").exists()
 
 
+def test_the_state_is_written_last(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill right behind it must leave all that the run had to write."""
+    config, folder = tiny_recipe(steps=1), RunFolder(tmp_path)
+    cases = [(torch.rand(1, 3, 32, 32), torch.ones(1, 1, 32, 32))]
+    monkeypatch.setattr(folder, "write_state", lambda _state: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(Trainer(config, make_fabric("cpu")), samples(photographs, config), folder, log_every=1, cases=cases)
+    assert (tmp_path / "ema.safetensors").exists()
+    assert (tmp_path / "best.safetensors").exists()
+    assert [sorted(line)[-1] for line in log_of(tmp_path)] == ["total", "val_psnr_db"]
+
+
 def test_killed_while_it_validates_it_validates_again(photographs: Path, tmp_path: Path) -> None:
     config = tiny_recipe(steps=3)
     crop = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

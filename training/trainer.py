@@ -332,10 +332,13 @@ class Trainer:
         torch.set_rng_state(state["random"])
 
     def save(self, folder: RunFolder) -> None:
-        """Write state and averaged weights, from the first process only."""
+        """Write averaged weights and state, from the first process only.
+
+        The state last: a run that is killed in between does again what led here.
+        """
         if self.fabric.is_global_zero:
-            folder.write_state(self.state())
             self.save_weights(folder.weights)
+            folder.write_state(self.state())
 
     def save_weights(self, path: os.PathLike[str]) -> None:
         """Write the averaged weights as a checkpoint that misf-export and misf-eval read."""
