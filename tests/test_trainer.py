@@ -376,24 +376,36 @@ def test_the_state_is_written_last(photographs: Path, tmp_path: Path, monkeypatc
     assert [sorted(line)[-1] for line in log_of(tmp_path)] == ["total", "val_psnr_db"]
 
 
-def test_killed_while_it_validates_it_validates_again(photographs: Path, tmp_path: Path) -> None:
+def test_killed_while_it_validates_it_validates_again(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_recipe(steps=3)
     crop = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     cases = [(crop, (torch.arange(32) % 2).float().expand(1, 1, 32, 32))]
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        trainer, folder = Trainer(config, make_fabric("cpu")), RunFolder(tmp_path / name)
-        if name == "killed":
-            validate, calls = trainer.validate, iter(range(9))
-            trainer.validate = lambda cases, go=validate, calls=calls: go(cases) if next(calls) < 1 else 1 / 0  # type: ignore[method-assign]
-            with pytest.raises(ZeroDivisionError):
-                train(trainer, samples(photographs, config), folder, log_every=1, save_every=1, cases=cases)
-            state = folder.read_state()
-            assert state is not None
-            assert state["step"] == 1
-            trainer = Trainer(config, make_fabric("cpu"))
-            trainer.load_state(state)
+
+    def go_on(name: str, trainer: Trainer) -> None:
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir(exist_ok=True)
         train(trainer, samples(photographs, config), folder, log_every=1, save_every=1, cases=cases)
+
+    go_on("whole", Trainer(config, make_fabric("cpu")))
+    trainer = Trainer(config, make_fabric("cpu"))
+    validate = trainer.validate
+
+    def killed(cases: Any) -> float:
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return validate(cases)
+
+    monkeypatch.setattr(trainer, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go_on("killed", trainer)
+    state = RunFolder(tmp_path / "killed").read_state()
+    assert state is not None
+    assert state["step"] == 1
+    trainer = Trainer(config, make_fabric("cpu"))
+    trainer.load_state(state)
+    go_on("killed", trainer)
     logs = [log_of(tmp_path / name) for name in ("whole", "killed")]
     assert logs[0] == logs[1]
     assert len([line for line in logs[0] if "val_psnr_db" in line]) == 3

@@ -30,10 +30,11 @@ EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
 KEPT = (*PACE, "save_memory")
-PATHS = ("data", "val", "init_from", "vgg19")
 """Options of a run that --resume takes up, unless they are given anew."""
 ANY_TIME = ("output", "resume", "device", "workers", *KEPT)
 """Options that do not change what a run computes: they go with --resume."""
+PATHS = ("data", "val", "init_from", "vgg19")
+"""Options that run.json keeps as absolute paths, or null."""
 
 
 @command("misf-train")
@@ -157,8 +158,6 @@ def _recipe(options: dict[str, Any]) -> TrainingConfig:
     elif options["filters"]:
         network = replace(network, **ABLATIONS[options["filters"]])
     recipe = RECIPES[options["recipe"]]
-    if options["vgg19"] and not recipe.needs_vgg and not options["changes"]:
-        raise click.UsageError(f"--recipe {options['recipe']} does not compare VGG-19's features: leave out --vgg19")
     if recipe.needs_vgg and not options["vgg19"]:
         recipe = recipe.without_vgg()
         log.info("no --vgg19: the discriminator's features take the place of VGG's (see docs/training.md)")
@@ -183,7 +182,10 @@ def _recipe(options: dict[str, Any]) -> TrainingConfig:
             f"--recipe {options['recipe']}: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
         )
     chosen |= _numbers(options["changes"])
-    return replace(recipe, network=network, **chosen)
+    recipe = replace(recipe, network=network, **chosen)
+    if options["vgg19"] and not recipe.needs_vgg:
+        raise click.UsageError("the recipe does not compare VGG-19's features: leave out --vgg19")
+    return recipe
 
 
 def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:

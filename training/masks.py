@@ -174,9 +174,6 @@ class RandomMasks:
         return random_mask(rng, height, width, self.bands[int(rng.integers(len(self.bands)))])
 
 
-_TRIES = 1000
-
-
 class MaskFolder:
     """Masks from files, whatever their mode and size: `mask(rng, height, width)` for training, `read` for measuring.
 
@@ -216,8 +213,11 @@ class MaskFolder:
         return resized
 
     def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
-        """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions."""
-        for _ in range(_TRIES):
+        """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions.
+
+        Raises MisfError when none can be used; which one a seed draws does not depend on what was drawn before.
+        """
+        for _ in range(1000):
             mask = self._usable(int(rng.integers(len(self.paths))), height, width)
             if mask is not None:
                 flips = rng.random(2) < 0.5

@@ -73,6 +73,8 @@ class RunFolder:
             return None
         try:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
+        except PermissionError:
+            raise
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
             raise MisfError(f"{self.state} is damaged: start again, with --init-from {self.weights}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -60,7 +60,8 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
         strategy=DDPStrategy() if world > 1 else "auto",
     )
     fabric.launch()
-    if precision == "bf16-mixed" and fabric.device.type == "cpu" and not computes_bf16():
+    on_cpu = fabric.device.type == "cpu"
+    if precision == "bf16-mixed" and on_cpu and fabric.is_global_zero and not computes_bf16():
         log.warning("this processor has no bfloat16 instructions: steps take far longer than with --precision fp32")
     return fabric
 
@@ -71,7 +72,7 @@ def computes_bf16() -> bool:
     Without them a step of the published network took twice as long as in float32 with AVX-512, fifteen times with AVX2
     (by ONEDNN_MAX_CPU_ISA on a processor that has them).
     """
-    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.11 has none
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch has none
     return not has or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
 
 
