@@ -368,7 +368,11 @@ def test_the_state_is_written_last(photographs: Path, tmp_path: Path, monkeypatc
     """A kill right behind it must leave all that the run had to write."""
     config, folder = tiny_recipe(steps=1), RunFolder(tmp_path)
     cases = [(torch.rand(1, 3, 32, 32), torch.ones(1, 1, 32, 32))]
-    monkeypatch.setattr(folder, "write_state", lambda _state: os.kill(os.getpid(), signal.SIGINT))
+
+    def killed(_state: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "write_state", killed)
     with pytest.raises(KeyboardInterrupt):
         train(Trainer(config, make_fabric("cpu")), samples(photographs, config), folder, log_every=1, cases=cases)
     assert (tmp_path / "ema.safetensors").exists()
