@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EnvironmentMismatch
+from ..shared.errors import EnvironmentMismatch
 
-SOURCE_FOLDER = Path(__file__).parent
+SOURCE_FOLDER = Path(__file__).parent / "kernels"
 THREADS = 256
 ACCESS_BYTES = 16
 MAX_GRID_X, MAX_GRID_Y = 0x7FFFFFFF, 0xFFFF
