@@ -119,7 +119,8 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def backend_ways(files: dict[str, Path]) -> list[Way]:
     """Return the ways of ONNX files (on ONNX Runtime's CUDA provider) and engines; name -> file."""
-    from misf.runtime.backends import ENGINES, open_backend
+    from misf.runtime.backends import open_backend
+    from misf.runtime.backends.contract import ENGINES
     from misf.runtime.backends.onnx_runtime import has_cuda
     from misf.runtime.backends.tensorrt import TensorRtBackend
 

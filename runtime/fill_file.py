@@ -17,7 +17,7 @@ from ..plugins.shared.files import written_whole
 from .inpainter import Inpainter
 from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
-from .pictures.crops import Box, Mask
+from .pictures.geometry import Box, Mask
 from .pictures.image_io import Picture, open_mask, open_picture, output_format
 from .pictures.masks import THRESHOLD, mask_from_image, resized_mask
 

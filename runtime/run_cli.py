@@ -47,7 +47,7 @@ class _Results:
 
 
 def _device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    from .backends import parse_device
+    from .backends.contract import parse_device
 
     try:
         return parse_device(value)

@@ -25,7 +25,7 @@ from ...plugins.dynamic_filter.tensorrt import library
 from ...plugins.shared.command import misf_version, one_line
 from ...plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
 from ...plugins.shared.files import sha256, written_whole
-from ...runtime.backends import check_onnx
+from ...runtime.backends.contract import check_onnx
 from ...runtime.engines.cudart import CudaError, CudaRuntime, gpu_name
 from ...runtime.engines.flavors import Flavor, load_flavor, make_logger, reason, use_plugin
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine

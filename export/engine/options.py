@@ -88,7 +88,7 @@ def given(ctx: click.Context) -> list[str]:
 
 def parse_engine_options(values: dict[str, Any], precision: str | None) -> EngineOptions:
     """Return the options of a command's parameters; click.UsageError where they contradict each other."""
-    from ...runtime.backends import device_index, parse_device
+    from ...runtime.backends.contract import device_index, parse_device
     from ...runtime.engines.side_car import Limits
     from .builder import EngineOptions
 

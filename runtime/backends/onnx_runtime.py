@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 
 from ...plugins.shared.command import one_line
 from ...plugins.shared.errors import EnvironmentMismatch
-from . import Tensor, check_onnx, device_index, file_precision
+from .contract import check_onnx, device_index, file_precision
+
+if TYPE_CHECKING:
+    from .contract import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ class OnnxRuntimeBackend:
     """An ONNX file of ours in an ONNX Runtime session. See `Backend` for the call."""
 
     name = "onnxruntime"
+    limits = None
     multiple = 1  # the graph pads by itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):

@@ -24,7 +24,7 @@ from ...plugins.dynamic_filter import onnx_op
 from ...plugins.shared.command import one_line
 from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 from ...plugins.shared.files import sha256
-from ..backends import ENGINES, device_index
+from ..backends.contract import ENGINES, device_index
 from ..engines.cudart import cudart_folders
 from ..engines.flavors import Flavor, load_flavor, use_plugin
 from ..engines.side_car import read_info

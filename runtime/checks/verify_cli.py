@@ -93,14 +93,13 @@ def main(
     if layers:
         backend = _check_layers(model, backend)
     inpaint = open_backend(model, backend=backend, device=device)
-    file_precision = getattr(inpaint, "file_precision", inpaint.precision)
-    tolerance = accuracy.tolerance(inpaint.precision, file_precision)
+    tolerance = accuracy.tolerance(inpaint.precision, inpaint.file_precision)
     if max_abs is not None or min_psnr is not None:
         tolerance = accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
     photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
     network = build_model(_load(inpaint, checkpoint, official))
     reference = accuracy.torch_reference(network)
-    cases = list(accuracy.cases(photographs, sizes or accuracy.default_sizes(getattr(inpaint, "limits", None))))
+    cases = list(accuracy.cases(photographs, sizes or accuracy.default_sizes(inpaint.limits)))
     results = [accuracy.compare(inpaint, reference, *case) for case in cases]
     faults = [fault for result in results for fault in result.faults(tolerance)]
     inside, trouble = None, None
@@ -122,7 +121,7 @@ def main(
 
 def _check_layers(model: Path, backend: str) -> str:
     """Return the backend for --layers, after looking whether it can be done at all."""
-    from ..backends import ENGINES
+    from ..backends.contract import ENGINES
 
     if model.suffix.lower() not in (".onnx", *ENGINES):
         raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
@@ -151,8 +150,8 @@ def _load(inpaint: Any, checkpoint: Path, official: bool) -> Checkpoint:
     from ...training.model.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint, official=official)
-    made_of = getattr(inpaint, "checkpoint_sha256", loaded.sha256)
-    if made_of != loaded.sha256:
+    made_of = inpaint.checkpoint_sha256
+    if made_of and made_of != loaded.sha256:
         log.warning("the model was exported from another checkpoint (sha256 %s...), not %s", made_of[:12], checkpoint)
     return loaded
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .crops import Box, Mask, Size
+from .geometry import Box, Mask, Size
 
 log = logging.getLogger(__name__)
 

@@ -10,47 +10,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]  # H,W; True = hole
-Size = tuple[int, int]  # H, W
+from .geometry import Box, Mask, Size
 
 STRATEGIES = ("auto", "crop", "resize", "original")
 BLOCK = 8  # holes are told apart on a grid of 8x8 blocks: 64 times fewer cells than pixels
 ABOUT = 1.5  # an area of up to 1.5 working squares still runs without resizing
 THIN = 0.4  # a long hole no thicker than this share of the working size is walked at native resolution
 LEAST_MARGIN = 32
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels, right and bottom exclusive, in the order that Pillow uses."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def size(self) -> Size:
-        """H, W."""
-        return self.bottom - self.top, self.right - self.left
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """Indices into an array of H,W."""
-        return slice(self.top, self.bottom), slice(self.left, self.right)
-
-    def union(self, other: Box) -> Box:
-        """Return the smallest box around both."""
-        return Box(
-            min(self.left, other.left),
-            min(self.top, other.top),
-            max(self.right, other.right),
-            max(self.bottom, other.bottom),
-        )
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, Unid
 from ...plugins.shared.files import written_whole
 from . import png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
-from .crops import Mask
+from .geometry import Mask
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .crops import Mask, Size
+from .geometry import Mask, Size
 
 log = logging.getLogger(__name__)
 

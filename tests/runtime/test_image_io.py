@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from misf.runtime.pictures import png16
 from misf.runtime.pictures.canvas import ArrayCanvas, PillowCanvas
-from misf.runtime.pictures.crops import Box
+from misf.runtime.pictures.geometry import Box
 from misf.runtime.pictures.image_io import open_mask, open_picture, output_format
 from misf.runtime.pictures.masks import check_mask, mask_from_array, mask_from_image, resized_mask
 

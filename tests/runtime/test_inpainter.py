@@ -16,10 +16,11 @@ from PIL import Image
 from skimage import data
 
 from misf.plugins.shared.errors import EnvironmentMismatch, MisfError
-from misf.runtime import Inpainter, backends, inpainter, memory
+from misf.runtime import Inpainter, inpainter, memory
 from misf.runtime.backends import onnx_runtime, open_backend
+from misf.runtime.backends.contract import BACKENDS
 from misf.runtime.pictures.canvas import ArrayCanvas, PillowCanvas, Pixels
-from misf.runtime.pictures.crops import Box, Size
+from misf.runtime.pictures.geometry import Box, Size
 
 from ..support.tiny_models import constant_fill, foreign, mean_fill
 
@@ -467,7 +468,7 @@ def test_files_that_are_no_model_of_ours_are_told_in_one_line(model: Path, backe
 
 
 def test_every_backend_named_is_one_we_have() -> None:
-    assert set(backends.BACKENDS) == {"auto", "onnxruntime", "openvino", "pytorch", "tensorrt"}
+    assert set(BACKENDS) == {"auto", "onnxruntime", "openvino", "pytorch", "tensorrt"}
 
 
 def test_a_pillow_canvas_is_not_copied_for_a_crop() -> None:
