@@ -15,13 +15,13 @@ from ..plugins.shared.command import command, wants_progress_bar
 from ..plugins.shared.errors import EnvironmentMismatch, MisfError
 from .model.config import PRESETS
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
-from .run_files import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .dataset import TrainingSamples
     from .losses import Vgg19
+    from .run_files import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ def main(output: Path, resume: bool, **options: Any) -> None:
         misf-train --resume --output runs/small
         torchrun --nproc-per-node 4 -m misf.training.train_cli --data places/ --output runs/full --precision bf16
     """
+    from .run_files import RunFolder  # loads PyTorch
+
     folder = RunFolder(output)
     if resume:
         _refuse_changes()

@@ -349,7 +349,7 @@ def test_ctrl_c_during_a_build(tiny_onnx: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-c",
-        "from misf.export.engine.builder.build_cli import main; main()",
+        "from misf.export.engine.build_cli import main; main()",
         str(tiny_onnx),
         "-o",
         str(target),

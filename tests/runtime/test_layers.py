@@ -201,8 +201,8 @@ def test_an_engine_needs_the_file_it_was_built_of(tiny_plan: Path, tiny_onnx: Pa
 BUILD = """
 import sys, numpy as np, onnx, tensorrt_rtx as trt
 from misf.plugins.dynamic_filter.onnx_op import for_tensorrt
-from misf.runtime import layers
-from misf.runtime.tensorrt_api import load_flavor
+from misf.runtime.checks import layer_errors as layers
+from misf.runtime.engines.flavors import load_flavor
 model = onnx.load(sys.argv[1])
 outputs = [node.output[0] for node in layers.layer_nodes(model).values()]
 feeds = {"image": np.zeros((1, 3, 48, 64), np.float32), "mask": np.zeros((1, 1, 48, 64), np.float32)}
@@ -226,8 +226,8 @@ def test_an_engine_with_its_layers_marked_is_really_built(tiny_onnx: Path) -> No
 
 BROKEN = """
 import sys, numpy as np
-from misf.runtime import layers
-from misf.plugins.errors import MisfError
+from misf.runtime.checks import layer_errors as layers
+from misf.plugins.shared.errors import MisfError
 image, mask = np.zeros((1, 3, 48, 64), np.float32), np.zeros((1, 1, 48, 64), np.float32)
 try:
     layers.model_layers(__import__("pathlib").Path(sys.argv[1]), "cuda:0", image, mask)
