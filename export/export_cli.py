@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import tempfile
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..plugins.shared.command import command, print_json
-from ..plugins.shared.errors import EnvironmentMismatch, MisfError
-from .engine.build_cli import ENGINES, finish
+from ..plugins.shared.errors import MisfError
+from ..plugins.shared.extras import need
+from ..runtime.backends.contract import ENGINES
+from .engine.build_cli import finish
 from .engine.options import engine_options, given, parse_engine_options
 
 if TYPE_CHECKING:
@@ -129,9 +130,7 @@ def main(
 def _export(
     checkpoint: Path, official: bool, output: Path, precision: str, calibration: Path | None, range_limit: float
 ) -> ExportReport:
-    for module in ("torch", "onnx", "onnxscript"):
-        if importlib.util.find_spec(module) is None:
-            raise EnvironmentMismatch(f"misf-export needs {module}, which is not installed: pip install 'misf[export]'")
+    need("misf-export", "export", "torch", "onnx", "onnxscript")
     from ..runtime.checks.accuracy import load_photographs
     from ..training.model.checkpoint import load_checkpoint
     from .exporter import export_onnx

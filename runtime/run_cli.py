@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import BATCH_FAILURES, command, log_about, one_line, print_json, wants_progress_bar
+from ..plugins.shared.command import BATCH_FAILURES, command, log_about, one_line, print_json
 from ..plugins.shared.errors import MisfError
+from ..plugins.shared.progress import progress
 
 if TYPE_CHECKING:
     from .fill_file import Batch
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Step = Callable[[int, int], None]  # told how many are done, of how many
 EXISTING = click.Path(exists=True, path_type=Path)
 
 
@@ -209,7 +206,7 @@ def _planned(image: Path, mask: Path | None, output: Path | None, skip_existing:
 
 def _run(batch: Batch, jobs: list[Job], results: _Results, folder: bool, print_paths: bool) -> None:
     """Run the jobs; what becomes of each is added to the results at once."""
-    with _progress("pictures" if folder else "crops") as step:
+    with progress("pictures" if folder else "crops") as step:
         for number, job in enumerate(jobs, start=1):
             try:
                 with log_about(f"{job.relative}: " if folder else ""):
@@ -235,20 +232,3 @@ def _run(batch: Batch, jobs: list[Job], results: _Results, folder: bool, print_p
                 )
             if folder:
                 step(number, len(jobs))
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Step]:
-    """Yield a function that moves a progress bar on stderr; it does nothing where stderr is no terminal."""
-    if not wants_progress_bar():
-        yield lambda _done, _total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    # Rich prints above its bar, and on stderr: right for a terminal, wrong for results that go into a pipe.
-    console, redirect = Console(stderr=True), sys.stdout.isatty()
-    with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import command, wants_progress_bar
-from ..plugins.shared.errors import EnvironmentMismatch, MisfError
+from ..plugins.shared.command import command
+from ..plugins.shared.errors import MisfError
+from ..plugins.shared.extras import need
+from ..plugins.shared.progress import progress
 from .model.config import PRESETS
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
 
@@ -103,7 +103,7 @@ def main(output: Path, resume: bool, **options: Any) -> None:
         if options["data"] is None:
             raise click.UsageError("--data is missing: a folder or a list of pictures")
         settings = _settings(options)
-    _check_installed()
+    need("misf-train", "train", "torch", "cv2", "lightning_fabric")
     _run(folder, settings, options, resume)
 
 
@@ -201,15 +201,6 @@ def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
     return found
 
 
-def _check_installed() -> None:
-    try:
-        import cv2  # noqa: F401
-        import lightning_fabric  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise EnvironmentMismatch(f"training needs {error.name}: pip install 'misf[train]'") from error
-
-
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
@@ -233,7 +224,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         "%.2f M parameters, %d pictures, %s x %d, from step %d to %d",
         *(parameters / 1e6, len(samples.pictures), fabric.device, fabric.world_size, trainer.step, recipe.steps),
     )
-    with _bar(trainer.step, recipe.steps, fabric.is_global_zero) as progress:
+    with progress("steps", recipe.steps, trainer.step, lines=fabric.is_global_zero) as step:
         train(
             trainer,
             samples,
@@ -243,7 +234,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             save_every=options["save_every"],
             picture_every=options["picture_every"],
             cases=cases,
-            progress=progress,
+            progress=lambda done, text: step(done, text=text),
         )
     trainer.close()
     if fabric.is_global_zero:
@@ -306,31 +297,6 @@ def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]]
     if not found:
         raise MisfError(f"--val {settings['val']}: none of its pictures can be decoded")
     return found
-
-
-@contextmanager
-def _bar(start: int, steps: int, first: bool) -> Iterator[Callable[[int, str], None]]:
-    """Show a progress bar on a terminal; elsewhere a line every now and then."""
-    import time
-
-    said = time.monotonic()
-
-    def say(step: int, text: str) -> None:
-        nonlocal said
-        if first and time.monotonic() - said > 60:
-            said = time.monotonic()
-            log.info("step %d of %d, %s", step, steps, text)
-
-    if not (first and wants_progress_bar()):
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=steps, completed=start)
-        yield lambda step, text: progress.update(task, completed=step, description=text)
 
 
 if __name__ == "__main__":

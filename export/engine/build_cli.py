@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import click
 
 from ...plugins.shared.command import command, print_json
-from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.errors import MisfError
+from ...plugins.shared.extras import need
+from ...runtime.backends.contract import ENGINES
 from .options import document, engine_options, parse_engine_options, summary
 
 log = logging.getLogger(__name__)
-
-ENGINES = (".plan", ".engine", ".trt")  # as in runtime.backends, which takes a while to import
 
 
 @command("misf-build")
@@ -54,8 +53,7 @@ def main(
     target = engine_path(output) if output else onnx_file.with_suffix(".plan")
     if output is None and target.exists() and not force:
         raise MisfError(f"{target} exists: give --force to replace it, or -o to name another file")
-    if importlib.util.find_spec("onnx") is None:
-        raise EnvironmentMismatch("misf-build needs onnx, which is not installed: pip install 'misf[build]'")
+    need("misf-build", "build", "onnx")
     options = parse_engine_options(engine, "fp16" if fp16 else precision)
     from .builder import build_engine
 

@@ -22,6 +22,7 @@ from onnx import ModelProto
 
 from ...plugins.dynamic_filter import onnx_op
 from ...plugins.dynamic_filter.tensorrt import library
+from ...plugins.shared import progress
 from ...plugins.shared.command import misf_version, one_line
 from ...plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
 from ...plugins.shared.files import sha256, written_whole
@@ -30,7 +31,7 @@ from ...runtime.engines.cudart import CudaError, CudaRuntime, gpu_name
 from ...runtime.engines.flavors import Flavor, load_flavor, make_logger, reason, use_plugin
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
 from ..precision import float_types
-from .monitor import build_bar, cancellable, make_monitor
+from .monitor import cancellable, make_monitor
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def _build(
     prove_precision(asked, obtained, float_types(model), source)
     config = builder.create_builder_config()
     _configure(trt, builder, config, options)
-    with build_bar() as bar, _timing_cache(flavor, config, options, machine):
+    with progress.bar() as bar, _timing_cache(flavor, config, options, machine):
         monitor = config.progress_monitor = make_monitor(trt, bar)
 
         def build() -> Any:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
-
-from ...plugins.shared.command import wants_progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +44,6 @@ def make_monitor(trt: Any, bar: Any = None) -> Any:
                     bar.remove_task(self._tasks.pop(phase_name))
 
     return Monitor()
-
-
-@contextlib.contextmanager
-def build_bar() -> Iterator[Any]:
-    """Yield a rich Progress on stderr, or None where stderr is no terminal."""
-    if not wants_progress_bar():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar
 
 
 def cancellable(work: Callable[[], T], cancelled: threading.Event) -> T:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ...plugins.shared.command import HxW
 
 if TYPE_CHECKING:
     from .builder import EngineOptions, EngineReport
@@ -29,19 +30,6 @@ NAMES = (
 """Of the parameters that `engine_options` adds."""
 
 
-class HeightWidth(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
-    """HxW."""
-
-    name = "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Return H, W."""
-        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(value))
-        if not match or not all(int(side) for side in match.groups()):
-            self.fail(f"expected HxW such as 512x768, got {value!r}", param, ctx)
-        return int(match[1]), int(match[2])
-
-
 _OPTIONS = (
     click.option(
         "--backend",
@@ -50,11 +38,9 @@ _OPTIONS = (
         show_default=True,
         help="TensorRT, or TensorRT for RTX (no GPU needed to build, no plugin); auto: the first that is installed.",
     ),
-    click.option("--min-shape", type=HeightWidth(), default="64x64", show_default=True, help="Smallest picture."),
-    click.option(
-        "--opt-shape", type=HeightWidth(), default="512x512", show_default=True, help="What to be fastest for."
-    ),
-    click.option("--max-shape", type=HeightWidth(), default="1024x1024", show_default=True, help="Largest picture."),
+    click.option("--min-shape", type=HxW(), default="64x64", show_default=True, help="Smallest picture."),
+    click.option("--opt-shape", type=HxW(), default="512x512", show_default=True, help="What to be fastest for."),
+    click.option("--max-shape", type=HxW(), default="1024x1024", show_default=True, help="Largest picture."),
     click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once."),
     click.option("--workspace", type=click.FloatRange(min=0, min_open=True), help="GiB to build with.  [default: all]"),
     click.option("--opt-level", type=click.IntRange(0, 5), help="Effort of the builder.  [default: TensorRT's, 3]"),

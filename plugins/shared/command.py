@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -149,6 +150,23 @@ class Command(click.Command):
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class HxW(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
+    """A size as HxW, converted to (H, W); with_batch: HxW or NxHxW, converted to (N, H, W)."""
+
+    def __init__(self, with_batch: bool = False) -> None:
+        self.with_batch, self.name = with_batch, "[Nx]HxW" if with_batch else "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the sides as numbers; a usage error where they are none, or 0."""
+        match = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,5})x(\d{1,5})", str(value))
+        sides = tuple(int(side) for side in match.groups(default="1")) if match else (0,)
+        if not match or not all(sides) or (match[1] and not self.with_batch):
+            self.fail(
+                f"expected {self.name.replace('[Nx]HxW', 'HxW or NxHxW')} such as 512x768, got {value!r}", param, ctx
+            )
+        return sides if self.with_batch else sides[1:]
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Command]:

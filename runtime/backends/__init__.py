@@ -12,13 +12,13 @@ precision that only one of them has (fp16: ONNX Runtime, bf16: OpenVINO) decides
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.errors import MisfError
+from ...plugins.shared.extras import is_installed, need
 from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _check_file(path: Path) -> None:
 
 
 def _open_pytorch(path: Path, device: str, precision: str, threads: int | None) -> Backend:
-    _need("torch", f"{path.name} is a checkpoint, which runs on PyTorch", "export")
+    need(f"{path.name}, a checkpoint,", "export", "torch")
     from .pytorch import PyTorchBackend
 
     return PyTorchBackend(path, device, precision, threads)
@@ -96,8 +96,7 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 
     only_openvino = precision == "bf16" and backend == "auto" and not device.startswith("cuda")
     if backend == "openvino" or only_openvino:
-        for module in ("openvino", "onnx"):
-            _need(module, "precision bf16" if only_openvino else "backend openvino", "openvino")
+        need("precision bf16" if only_openvino else "backend openvino", "openvino", "openvino", "onnx")
         return openvino()
     if backend == "onnxruntime" or device.startswith("cuda") or precision == "fp16":  # OpenVINO has no fp16 on CPUs
         return onnxruntime()
@@ -109,14 +108,9 @@ def _open_best(path: Path, device: str, openvino: Callable[[], Backend], onnxrun
 
     if device == "auto" and has_cuda():
         return onnxruntime()
-    if all(importlib.util.find_spec(name) for name in ("openvino", "onnx")):
+    if is_installed("openvino") and is_installed("onnx"):
         try:
             return openvino()
         except MisfError as error:
             log.warning("OpenVINO cannot run %s, ONNX Runtime does instead: %s", path.name, error)
     return onnxruntime()
-
-
-def _need(module: str, what: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise EnvironmentMismatch(f"{what} needs {module}, which is not installed: pip install 'misf[{extra}]'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...plugins.shared.command import FAILURE, command, misf_version, one_line, print_json
+from ...plugins.shared.extras import is_installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +128,7 @@ def _openvino_op(features: Array, taps: Array) -> Array:
 def op_checks() -> list[OpCheck]:
     """Return the check of every backend found on this machine."""
     found: dict[str, Callable[[Array, Array], Array]] = {}
-    if _has("torch"):
+    if is_installed("torch"):
         found["pytorch cpu"] = _torch_op("cpu")
         import torch
 
@@ -140,7 +140,7 @@ def op_checks() -> list[OpCheck]:
     for name, provider in (("onnxruntime cpu", "CPUExecutionProvider"), ("onnxruntime cuda", "CUDAExecutionProvider")):
         if provider in providers:
             found[name] = _onnxruntime_op(provider)
-    if _has("openvino") and _has("onnx"):
+    if is_installed("openvino") and is_installed("onnx"):
         found["openvino cpu"] = _openvino_op
     return [_check(name, run) for name, run in found.items()]
 
@@ -156,10 +156,6 @@ def _check(name: str, run: Callable[[Array, Array], Array]) -> OpCheck:
     if not error <= TOLERANCE:
         return OpCheck(name, float(error), f"wrong numbers: error {error:.1e}, allowed {TOLERANCE:g}")
     return OpCheck(name, float(error))
-
-
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def versions() -> dict[str, str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...plugins.dynamic_filter.tensorrt import library
 from ...plugins.shared.command import one_line
 from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.extras import is_installed
 from ..engines.flavors import FLAVORS, TITLES, Flavor, installed, load_flavor, make_logger, reason, use_plugin
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _cuda() -> Any:
 
 
 def _plugin(flavor: Flavor) -> str | None:
-    if not flavor.has_plugins or importlib.util.find_spec("onnx") is None:
+    if not flavor.has_plugins or not is_installed("onnx"):
         return None  # no plugins, or no way to drop the function body that may win over one
     try:
         return use_plugin(flavor, None).name

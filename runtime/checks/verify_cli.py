@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...plugins.shared.command import command, print_json
-from ...plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
+from ...plugins.shared.command import HxW, command, print_json
+from ...plugins.shared.errors import AccuracyError, MisfError
+from ...plugins.shared.extras import need
 
 if TYPE_CHECKING:
     from ...training.model.checkpoint import Checkpoint
@@ -23,25 +22,17 @@ log = logging.getLogger(__name__)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-class Size(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
-    """HxW or NxHxW."""
-
-    name = "[Nx]HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
-        """Return N, H, W."""
-        match = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,5})x(\d{1,5})", str(value))
-        if not match or not all(int(side) for side in match.groups(default="1")):
-            self.fail(f"expected HxW or NxHxW such as 256x384, got {value!r}", param, ctx)
-        batch, height, width = (int(side) for side in match.groups(default="1"))
-        return batch, height, width
-
-
 @command("misf-verify")
 @click.argument("model", type=FILE)
 @click.option("--checkpoint", required=True, type=FILE, help="The weights the model was made of.")
 @click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
-@click.option("--size", "sizes", type=Size(), multiple=True, help="A size to compare at; may be given several times.")
+@click.option(
+    "--size",
+    "sizes",
+    type=HxW(with_batch=True),
+    multiple=True,
+    help="A size to compare at; may be given several times.",
+)
 @click.option(
     "--images",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -82,10 +73,7 @@ def main(
         misf-verify best_fp16.onnx --checkpoint best.pt
         misf-verify best.plan --checkpoint best.pt --layers
     """
-    if importlib.util.find_spec("torch") is None:
-        raise EnvironmentMismatch(
-            "misf-verify compares with PyTorch, which is not installed: pip install 'misf[export]'"
-        )
+    need("misf-verify", "export", "torch")
     from ...training.model.checkpoint import build_model
     from ..backends import open_backend
     from . import accuracy
@@ -127,9 +115,7 @@ def _check_layers(model: Path, backend: str) -> str:
         raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
     if backend == "openvino":
         raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
-    for module in ("polygraphy", "onnx"):
-        if importlib.util.find_spec(module) is None:
-            raise EnvironmentMismatch(f"--layers needs {module}, which is not installed: pip install 'misf[layers]'")
+    need("--layers", "layers", "polygraphy", "onnx")
     from .layer_errors import source_of
 
     source_of(model)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...plugins.dynamic_filter.tensorrt import library
 from ...plugins.shared.errors import EnvironmentMismatch
+from ...plugins.shared.extras import is_installed
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Flavor:
 
 def installed(name: str) -> bool:
     """Return whether the Python module of a flavor is installed."""
-    return importlib.util.find_spec(FLAVORS[name]) is not None
+    return is_installed(FLAVORS[name])
 
 
 def load_flavor(name: str = "auto") -> Flavor:

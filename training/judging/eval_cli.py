@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...plugins.shared.command import BATCH_FAILURES, command, misf_version, print_json, wants_progress_bar
-from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.command import BATCH_FAILURES, command, misf_version, print_json
+from ...plugins.shared.errors import MisfError
+from ...plugins.shared.extras import need
+from ...plugins.shared.progress import progress
 
 if TYPE_CHECKING:
     from ..dataset import Pictures
@@ -97,9 +96,9 @@ def main(
 
     taken = len(pictures) if per_band is None else min(per_band, len(pictures))
     chosen = cases(pictures, size=size, seed=seed, per_band=per_band, masks=mask_files, resize=resize)
-    with _progress(3 * taken) as step:
-        for _ in evaluate(methods, chosen, distance):
-            step()
+    with progress("pictures", 3 * taken, lines=True) as step:
+        for done, _ in enumerate(evaluate(methods, chosen, distance), start=1):
+            step(done)
     if not methods[0].rows:
         reason = next(iter(pictures.bad.values()), "no mask has a hole of 0 to 60 % of its area")
         raise MisfError(f"nothing was measured: {reason}")
@@ -118,9 +117,7 @@ def main(
 
 
 def _check_installed() -> None:
-    for module in ("torch", "cv2", "skimage"):
-        if importlib.util.find_spec(module) is None:
-            raise EnvironmentMismatch(f"misf-eval needs {module}, which is not installed: pip install 'misf[train]'")
+    need("misf-eval", "train", "torch", "cv2", "skimage")
 
 
 def _data(data: Path, masks: str, invert: bool, threshold: int) -> tuple[Pictures, MaskFolder | None]:
@@ -164,22 +161,6 @@ def _distance(backbone: Path) -> Distance:
         return float(lpips(*pair))
 
     return distance
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Yield what to call after each case; shows a bar on a terminal."""
-    if not wants_progress_bar():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(
-        "measuring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _print_table(methods: list[Method], with_lpips: bool) -> None:
