@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import BATCH_FAILURES, command, log_about, one_line, print_json
-from ..plugins.shared.errors import MisfError
+from ..plugins.shared.command import command, log_about, one_line, print_json
+from ..plugins.shared.errors import BATCH_FAILURES, MisfError
 from ..plugins.shared.progress import progress
 
 if TYPE_CHECKING:

@@ -26,11 +26,8 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import MisfError
+from .errors import FAILURE, INTERRUPTED, MisfError
 
-FAILURE = 1
-BATCH_FAILURES = 5
-INTERRUPTED = 130
 LONGEST_LINE = 800
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...plugins.shared.command import FAILURE, command, misf_version, one_line, print_json
+from ...plugins.shared.command import command, misf_version, one_line, print_json
+from ...plugins.shared.errors import FAILURE
 from ...plugins.shared.extras import is_installed
 
 if TYPE_CHECKING:

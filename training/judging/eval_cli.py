@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...plugins.shared.command import BATCH_FAILURES, command, misf_version, print_json
-from ...plugins.shared.errors import MisfError
+from ...plugins.shared.command import command, misf_version, print_json
+from ...plugins.shared.errors import BATCH_FAILURES, MisfError
 from ...plugins.shared.extras import need
 from ...plugins.shared.progress import progress
 
