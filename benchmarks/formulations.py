@@ -33,7 +33,7 @@ def unfolded(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 
 @contextlib.contextmanager
 def official_formulation() -> Iterator[None]:
     """Make `misf.training`'s network use `stacked` inside the block."""
-    from misf.training import network
+    from misf.training.model import network
 
     ours = network.dynamic_filter
     network.dynamic_filter = stacked

@@ -91,11 +91,11 @@ gpu=0
 
 if [ "$gpu" = 0 ]; then
     echo "NO GPU: nothing below proves anything of a GPU; parts that need none are tried, so that the script is known to run."
-    part "GPU tests are found" 60 "${pytest[@]}" -m gpu --collect-only tests/test_cuda.py tests/test_plugin.py
+    part "GPU tests are found" 60 "${pytest[@]}" -m gpu --collect-only tests/plugins/test_cuda.py tests/plugins/test_plugin.py
     part "scripts start" 60 bash -c "'$PYTHON' benchmarks/kernel.py --help && '$PYTHON' benchmarks/latency.py --help"
-    part "op and doctor" 60 "$PYTHON" -c 'from misf.runtime.doctor import main; main()'
+    part "op and doctor" 60 "$PYTHON" -c 'from misf.runtime.checks.doctor import main; main()'
     if module tensorrt_rtx; then
-        part "RTX builds" 120 "${pytest[@]}" tests/test_engine.py -k "fp16_engine or wrong_graph"
+        part "RTX builds" 120 "${pytest[@]}" tests/export/test_engine.py -k "fp16_engine or wrong_graph"
     else
         skip "RTX builds" "tensorrt_rtx is not installed"
     fi
@@ -105,7 +105,7 @@ if [ "$gpu" = 0 ]; then
     exit 4
 fi
 
-part "kernels" 110 "${pytest[@]}" -m gpu tests/test_cuda.py
+part "kernels" 110 "${pytest[@]}" -m gpu tests/plugins/test_cuda.py
 part "kernel bandwidth" 120 "$PYTHON" benchmarks/kernel.py --device cuda --output "$out"
 part "whole network" 150 "$PYTHON" benchmarks/latency.py --no-compile --device cuda --size 256x256 512x512 --batch 1 16 \
     --rounds 20 --warm-up 3 --output "$out"
@@ -135,13 +135,13 @@ if [ -z "${MISF_TENSORRT_HEADERS:-}" ]; then
     export MISF_TENSORRT_HEADERS=${MISF_TENSORRT_HEADERS:-}
 fi
 if [ -n "$MISF_TENSORRT_HEADERS" ]; then
-    part "plugin enqueue" 180 "${pytest[@]}" -m gpu tests/test_plugin.py
+    part "plugin enqueue" 180 "${pytest[@]}" -m gpu tests/plugins/test_plugin.py
 else
     skip "plugin enqueue" "no TensorRT headers: set MISF_TENSORRT_HEADERS"
 fi
 
 if module tensorrt || module tensorrt_rtx; then
-    part "doctor with engines" 60 "$PYTHON" -c 'from misf.runtime.doctor import main; main()'
+    part "doctor with engines" 60 "$PYTHON" -c 'from misf.runtime.checks.doctor import main; main()'
     part "engines" 150 "$PYTHON" benchmarks/engine_session.py
 else
     skip "engines" "neither TensorRT nor TensorRT for RTX is installed"

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from formulations import stacked, unfolded
 
-from misf.plugins.cli_support import command, one_line
 from misf.plugins.dynamic_filter import cuda, dynamic_filter
-from misf.plugins.errors import AccuracyError, EnvironmentMismatch
-from misf.plugins.files import written_whole
+from misf.plugins.shared.command import command, one_line
+from misf.plugins.shared.errors import AccuracyError, EnvironmentMismatch
+from misf.plugins.shared.files import written_whole
 
 FLUSH_BYTES = 256 << 20  # more than any L2
 FLUSHES = 16  # so long that the run is in the queue before the GPU is done with them: no gap is timed
@@ -313,7 +313,7 @@ def markdown(rows: list[Row], copy: float, machine: dict[str, Any]) -> str:
 
 def describe(device: str) -> dict[str, Any]:
     """Return what identifies the machine."""
-    from misf.runtime.doctor import machine
+    from misf.runtime.checks.doctor import machine
 
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if device == "cuda":

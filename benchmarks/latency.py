@@ -28,8 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from misf.runtime import accuracy
-from misf.runtime.doctor import gpus, machine, versions
+from misf.runtime.checks import accuracy
+from misf.runtime.checks.doctor import gpus, machine, versions
 
 Inpaint = accuracy.Inpaint
 BASELINE = "PyTorch eager, official formulation"
@@ -40,8 +40,8 @@ def random_checkpoint(folder: Path) -> Path:
     import torch
 
     from misf.training import PRESETS
-    from misf.training.checkpoint import save_checkpoint
-    from misf.training.network import InpaintingNetwork
+    from misf.training.model.checkpoint import save_checkpoint
+    from misf.training.model.network import InpaintingNetwork
 
     torch.manual_seed(0)
     network = InpaintingNetwork(PRESETS["misf"])
@@ -52,7 +52,7 @@ def random_checkpoint(folder: Path) -> Path:
 
 def export(checkpoint: Path, folder: Path) -> Path:
     from misf.export.exporter import export_onnx
-    from misf.training.checkpoint import load_checkpoint
+    from misf.training.model.checkpoint import load_checkpoint
 
     return export_onnx(load_checkpoint(checkpoint), folder / "model.onnx").path
 

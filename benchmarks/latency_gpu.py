@@ -25,9 +25,9 @@ import torch
 from formulations import official_formulation
 from torch import Tensor
 
-from misf.plugins.cli_support import one_line
-from misf.plugins.errors import MisfError
-from misf.runtime import accuracy
+from misf.plugins.shared.command import one_line
+from misf.plugins.shared.errors import MisfError
+from misf.runtime.checks import accuracy
 
 BASELINE = "PyTorch eager fp32, official formulation"
 GFLOP_AT_256 = 261.0  # of the published sizes, one picture of 256x256
@@ -155,12 +155,12 @@ def _onnx(open_backend: Any, file: Path, host: Any) -> Callable[[Tensor, Tensor]
 
 def engines(onnx_files: dict[str, Path], folder: Path, sizes: list[tuple[int, int]], batch: int) -> dict[str, Path]:
     """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are told."""
-    from misf.runtime.tensorrt_api import installed
+    from misf.runtime.engines.flavors import installed
 
     if not installed("tensorrt"):
         return {}
-    from misf.export.engine import EngineOptions, build_engine
-    from misf.runtime.engine_info import Limits
+    from misf.export.engine.builder import EngineOptions, build_engine
+    from misf.runtime.engines.side_car import Limits
 
     low, high = (
         (min(h for h, _ in sizes), min(w for _, w in sizes)),
@@ -310,7 +310,7 @@ def run_all(
         others = importlib.util.find_spec("onnxscript") and (_has_ort_cuda() or importlib.util.find_spec("tensorrt"))
         if others:
             from misf.export.exporter import export_onnx
-            from misf.training.checkpoint import load_checkpoint
+            from misf.training.model.checkpoint import load_checkpoint
 
             for precision in ("fp32", "fp16"):
                 onnx_files[precision] = Path(folder) / f"{precision}.onnx"

@@ -43,8 +43,9 @@ def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: in
 
 def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
     """Return the step in the published code's order of operations; changes the modules of this process to that end."""
-    from misf.training import losses, network
+    from misf.training import losses
     from misf.training.discriminator import PatchDiscriminator
+    from misf.training.model import network
 
     network.dynamic_filter = plain_filter
     generator = network.InpaintingNetwork(config.network)
@@ -93,7 +94,7 @@ def measure(variant: str, name: str, size: int, batch: int, steps: int) -> dict[
     """Return one process's median seconds per step and peak memory in MB."""
     from dataclasses import replace
 
-    from misf.training.config import PRESETS
+    from misf.training.model.config import PRESETS
     from misf.training.recipe import RECIPES
 
     config = replace(RECIPES["paper"].without_vgg(), network=PRESETS[name], crop=size, batch=batch, ema_decay=0.999)

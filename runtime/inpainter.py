@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..plugins.cli_support import one_line
-from ..plugins.errors import MisfError
+from ..plugins.shared.command import one_line
+from ..plugins.shared.errors import MisfError
 from .backends import Backend, open_backend
-from .canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
-from .crops import Crop, Mask, Size, chosen_strategy, fit, plan_crops
-from .engine_info import Limits
-from .masks import check_mask, mask_from_array, mask_from_image
+from .engines.side_car import Limits
 from .memory import available_bytes, least_bytes
+from .pictures.canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
+from .pictures.crops import Crop, Mask, Size, chosen_strategy, fit, plan_crops
+from .pictures.masks import check_mask, mask_from_array, mask_from_image
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ..plugins.errors import EnvironmentMismatch, MisfError
+from ..plugins.shared.errors import EnvironmentMismatch, MisfError
 from . import losses
-from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
-from .network import InpaintingNetwork, composite, initialize
+from .model.checkpoint import save_checkpoint
+from .model.network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .run_files import RunFolder, RunLog

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EnvironmentMismatch
+from ..shared.errors import EnvironmentMismatch
 
 SOURCE_FOLDER = Path(__file__).parent
 THREADS = 256

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...plugins.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import onnxruntime
 
-from ...plugins.cli_support import one_line
-from ...plugins.errors import EnvironmentMismatch
+from ...plugins.shared.command import one_line
+from ...plugins.shared.errors import EnvironmentMismatch
 from . import Tensor, check_onnx, device_index, file_precision
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import onnx
 import onnx.inliner
 import openvino
 
-from ...plugins.cli_support import one_line
-from ...plugins.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.command import one_line
+from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 from . import Tensor, check_onnx, file_precision
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ...plugins.errors import EnvironmentMismatch
-from ...training.checkpoint import load_model
-from ...training.network import composite
+from ...plugins.shared.errors import EnvironmentMismatch
+from ...training.model.checkpoint import load_model
+from ...training.model.network import composite
 from . import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...plugins.errors import EnvironmentMismatch, MisfError
-from ...plugins.files import sha256
-from ..engine_info import EngineInfo, check_flavor, check_gpu, check_machine, read_info
-from ..tensorrt_api import TITLES, Flavor, load_flavor, make_logger, reason, use_plugin
+from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.files import sha256
+from ..engines.cudart import OUT_OF_MEMORY, CudaError, CudaRuntime, gpu_name
+from ..engines.flavors import TITLES, Flavor, load_flavor, make_logger, reason, use_plugin
+from ..engines.side_car import EngineInfo, check_flavor, check_gpu, check_machine, read_info
 from . import Tensor, device_index
-from .cudart import OUT_OF_MEMORY, CudaError, CudaRuntime, gpu_name
 
 log = logging.getLogger(__name__)
 
