@@ -83,6 +83,7 @@ def misf_forward(
     block_groups: tl.constexpr,
     block: tl.constexpr,
 ):
+    """`output` from `features` and `taps`."""
     area: tl.constexpr = kernel_size * kernel_size
     image, row, column, group, exists = _tile(groups, pixels, width, block, block_groups, index)
     features += image * features_stride[0]
@@ -121,6 +122,7 @@ def misf_grad_taps(
     block_groups: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Sum, for each channel of taps, over the R products that it is in; the order of (c, i, j) is the order of taps."""
     area: tl.constexpr = kernel_size * kernel_size
     image, row, column, group, exists = _tile(groups, pixels, width, block, block_groups, index)
     grad_output += image * grad_output_stride[0]
@@ -159,6 +161,7 @@ def misf_grad_features(
     block_groups: tl.constexpr,
     block: tl.constexpr,
 ):
+    """Sum, for each feature, over the K*K products that it is in: they are the outputs around it."""
     area: tl.constexpr = kernel_size * kernel_size
     image, row, column, group, exists = _tile(groups, pixels, width, block, block_groups, index)
     grad_output += image * grad_output_stride[0]
@@ -192,18 +195,19 @@ def _run(kernel, first: Tensor, second: Tensor, written: Tensor, channels: int, 
     if written.numel() == 0:
         return
     # Where channels are neighbours, a warp takes up to 32 groups of them; else one group at neighbouring pixels.
-    block_groups = min(32, triton.next_power_of_2(groups)) if _channels_last(first) else 1
-    far = max(sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) for t in (first, second, written))
+    channels_last = written.stride(1) == 1 and written.stride(3) != 1
+    block_groups = min(32, triton.next_power_of_2(groups)) if channels_last else 1
+    tensors = (first, second, written)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (n * triton.cdiv(groups, block_groups) * triton.cdiv(height * width, meta["block"] // block_groups),)
 
-    arguments = (first, second, written, first.stride(), second.stride(), written.stride(), groups, height * width, height, width)
+    arguments = (*tensors, *(tensor.stride() for tensor in tensors), groups, height * width, height, width)
     constants = {
         "kernel_size": kernel_size,
         "share": share,
         "period": period,
-        "index": tl.int32 if far < 2**31 else tl.int64,
+        "index": tl.int32 if max(map(_extent, tensors)) < 2**31 else tl.int64,
         "block_groups": block_groups,
     }
     with torch.cuda.device_of(first):
@@ -213,8 +217,9 @@ def _run(kernel, first: Tensor, second: Tensor, written: Tensor, channels: int, 
             _tuned(kernel)[grid](*arguments, **constants)
 
 
-def _channels_last(tensor: Tensor) -> bool:
-    return tensor.stride(1) == 1 and tensor.stride(3) != 1
+def _extent(tensor: Tensor) -> int:
+    """Return the offset of the last element of one image."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 def forward(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
