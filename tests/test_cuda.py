@@ -128,7 +128,7 @@ def test_the_benchmark_counts_bytes_and_checks_results(benchmark: Any, monkeypat
     monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 1 << 20})
     bench = benchmark.Bench("cpu", 3)
     methods = {"ours": dynamic_filter, "official": benchmark.stacked, "unfold": benchmark.unfolded}
-    monkeypatch.setattr(bench, "_methods", lambda: methods)
+    monkeypatch.setattr(bench, "_methods", lambda _case, _dtype: methods)
     case = benchmark.Case("features", 2, 8, 6, 4)
     bench.forward(case, torch.float32)
     bench.backward(case, torch.float32)
