@@ -1,7 +1,7 @@
 """How fast the dynamic filter itself is: time, bytes and GB/s against a measured copy, and against how others write it.
 
     python benchmarks/kernel.py                      # on the GPU, or on the CPU where there is none
-    python benchmarks/kernel.py --only forward --batch 1 --batch 32
+    python benchmarks/kernel.py --gradients without --batch 1 --batch 32
 
 Bytes are the floor: features, taps and output, each moved once; their time at the speed of a copy that is measured here
 is the least that any kernel could take. On a GPU every run is timed by CUDA events, after a write that flushes the L2;
@@ -304,14 +304,14 @@ def describe(device: str) -> dict[str, Any]:
     multiple=True,
     help="Pictures per call, may be repeated.  [default: 1 and 32 on a GPU, 1 on a CPU]",
 )
-@click.option("--only", type=click.Choice(["forward", "gradients", "plugin"]), help="Leave the others out.")
+@click.option("--gradients", type=click.Choice(["with", "without", "only"]), default="with", show_default=True)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(__file__).parent / "results",
     help="Folder for kernel-DEVICE.json and .md.  [default: benchmarks/results]",
 )
-def main(device: str, repeats: int, batch: tuple[int, ...], only: str | None, output: Path) -> None:
+def main(device: str, repeats: int, batch: tuple[int, ...], gradients: str, output: Path) -> None:
     """Time the dynamic filter and print the table.
 
     \b
@@ -326,14 +326,14 @@ def main(device: str, repeats: int, batch: tuple[int, ...], only: str | None, ou
     bench = Bench(device, repeats)
     machine = describe(device)
     with tempfile.TemporaryDirectory() as folder:
-        program = plugin_program(Path(folder)) if device == "cuda" and only in (None, "plugin") else None
+        program = plugin_program(Path(folder)) if device == "cuda" and gradients != "only" else None
         for case in cases(device, batch):
             if program is not None:
                 bench.plugin(program, case)
-            for dtype in TYPES[device] if only != "plugin" else ():
-                if only != "gradients":
+            for dtype in TYPES[device]:
+                if gradients != "only":
                     bench.forward(case, dtype)
-                if only != "forward":
+                if gradients != "without":
                     bench.backward(case, dtype)
                 write(bench, machine, output)  # at once: what comes later may fail, or run out of time
     click.echo(write(bench, machine, output))
