@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from formulations import official_formulation
+from formulations import official_formulation, plain_norm
 from torch import Tensor
 
 from misf.plugins.cli_support import one_line
@@ -50,12 +51,14 @@ def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
     """
     from misf.training import load_model
 
-    def eager(setting: Setting, official: bool = False) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
+    def eager(
+        setting: Setting, inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
         def make(image: Tensor, mask: Tensor) -> Callable[[], Any]:
             run, pictures = setting(load_model(checkpoint).to(device)), prepared(image, mask, setting)
 
             def call() -> Tensor:
-                with official_formulation() if official else contextlib.nullcontext(), torch.inference_mode():
+                with inside(), torch.inference_mode():
                     result: Tensor = run(*pictures)
                     return result
 
@@ -72,17 +75,19 @@ def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
         return make
 
     plain, half = Setting(torch.float32, False), Setting(torch.float16, True)
-    baseline = Way(BASELINE, eager(plain, official=True))
+    baseline = Way(BASELINE, eager(plain, official_formulation))
     if compiled:
         return [baseline, Way(f"torch.compile {half}, our filter", compile_it(half))]
     if device == "cpu":
         return [baseline, Way(f"PyTorch eager {plain}, our filter", eager(plain))]
     settings = [Setting(dtype, last) for dtype in (torch.float32, torch.float16, torch.bfloat16) for last in (0, 1)]
-    ways = [baseline, Way(f"PyTorch eager {half}, official formulation", eager(half, official=True))]
+    ways = [baseline, Way(f"PyTorch eager {half}, official formulation", eager(half, official_formulation))]
     ways += [Way(f"PyTorch eager {setting}, our filter", eager(setting)) for setting in settings]
-    for setting in settings[3::2]:
-        graph = Way(f"PyTorch {setting}, our filter, CUDA graph", lambda i, m, s=setting: graphed(eager(s)(i, m)))
-        ways.append(graph)
+    ours, old_norm = eager(half), eager(half, plain_norm)
+    ways += [
+        Way(f"PyTorch {half}, our filter, CUDA graph", lambda i, m: graphed(ours(i, m))),
+        Way(f"PyTorch {half}, our filter, F.instance_norm, CUDA graph", lambda i, m: graphed(old_norm(i, m))),
+    ]
     return ways
 
 
