@@ -253,7 +253,9 @@ def run_profile(arguments: argparse.Namespace) -> Path:
     import latency_gpu
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("latency.py: no NVIDIA GPU that torch can use; --device cpu profiles the CPU")
     size = next(sizes_of(arguments.size))
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = arguments.checkpoint or random_checkpoint(Path(temporary))
