@@ -32,6 +32,7 @@ def needs_triton() -> None:
         pytest.skip("NOT PROVED: Triton's kernels were neither interpreted nor compiled: pip install triton")
 
 
+@pytest.mark.slow
 def test_the_kernels_interpreted() -> None:
     """Triton's interpreter runs the kernels on the CPU: output and gradients, layouts, types, awkward sizes."""
     needs_triton()
@@ -42,15 +43,21 @@ def test_the_kernels_interpreted() -> None:
     assert result.stdout.strip() == "all cases agree"
 
 
-def compiled(kernel: Any, architecture: int, channels_last: bool, far: bool = False) -> Any:
+def compiled(kernel: Any, architecture: int, channels_last: bool, gradient: bool = False, far: bool = False) -> Any:
     """Compile a kernel for a GPU that is not here, as MISF's feature filter in float16 calls it."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"kernel_size": 3, "share": 4, "period": 4, "block_groups": 32 if channels_last else 1, "block": 256}
-    constants["index"] = tl.int64 if far else tl.int32
+    constants: dict[str, Any] = {
+        "kernel_size": 3,
+        "share": 4,
+        "period": 4,
+        "block_groups": 32 if channels_last else 1,
+        "block": 256,
+    }
+    constants |= {"index": tl.int64 if far else tl.int32, "gradient": gradient}
     unit = 1 if channels_last else 3  # the dimension of stride 1, which triton takes for a constant
     signature: dict[str, Any] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -80,13 +87,19 @@ def test_the_kernels_compile_for_gpus(architecture: int, monkeypatch: pytest.Mon
     from misf.plugins.dynamic_filter import triton_kernels as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in (kernels.misf_forward, kernels.misf_grad_taps, kernels.misf_grad_features):
-        for channels_last in (False, True):
-            made = compiled(kernel, architecture, channels_last)
-            assert made.asm["cubin"][:4] == b"\x7fELF"
-            assert made.metadata.shared == 0
-    planar = compiled(kernels.misf_forward, architecture, False, far=True).asm["ptx"]
-    assert planar.count("ld.global.b32") >= 9, "taps of neighbouring pixels are read together"
+    fours = compiled(kernels.misf_filter_fours, architecture, True)
+    planar = compiled(kernels.misf_filter, architecture, False)
+    others = [compiled(kernels.misf_filter_fours, architecture, True, gradient=True)]
+    others += [compiled(kernels.misf_filter, architecture, False, gradient=True)]
+    others += [compiled(kernels.misf_grad_taps, architecture, last, gradient=True) for last in (False, True)]
+    others += [compiled(kernels.misf_filter, architecture, False, far=True)]
+    for made in (fours, planar, *others):
+        assert made.asm["cubin"][:4] == b"\x7fELF"
+        assert made.metadata.shared == 0
+    # Two outputs of a thread: taps of neighbouring pixels are read together, and so are a group's four features.
+    assert planar.asm["ptx"].count("ld.global.b32") >= 9
+    assert fours.asm["ptx"].count("ld.global.v2.b32") == 2 * 9
+    assert fours.asm["ptx"].count("ld.global.b16") == 2 * 9
 
 
 def test_importing_needs_no_triton() -> None:
