@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import importlib.util
+import os
 import subprocess
 import sys
 import warnings
@@ -11,96 +12,121 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from misf.plugins.dynamic_filter import cuda, dynamic_filter
-from misf.plugins.dynamic_filter.cuda import Layout, Pass
+from misf.plugins.dynamic_filter import dynamic_filter, op
 from misf.plugins.shared.errors import AccuracyError
 
 from ..conftest import load_benchmark
 
-TYPES = [torch.float32, torch.float16, torch.bfloat16]
-# One rounding to the storage type of sums that are made in float32.
-TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 1e-3)}
-# N, C, H, W, K, R: fast kernels with every access width, and the fallback
-CASES = [
-    (1, 4, 1, 1, 3, 4),
+ROOT = Path(__file__).parents[2]
+GPU_CASES = [
     (2, 256, 13, 24, 3, 4),
     (1, 20, 65, 33, 3, 4),
-    (3, 64, 9, 10, 3, 4),
     (2, 3, 70, 264, 3, 1),
-    (1, 40, 5, 7, 3, 1),
-    (2, 5, 6, 5, 5, 5),
+    (1, 5, 7, 7, 7, 49),
 ]
 
 
-def needs_nvrtc() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if not cuda.available():
-            pytest.skip("NOT PROVED: NVRTC did not compile the CUDA kernels: pip install 'misf[cuda]'")
+def needs_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("NOT PROVED: Triton's kernels were neither interpreted nor compiled: pip install triton")
 
 
-def test_importing_needs_no_cuda() -> None:
-    """Neither a GPU nor the extra: op and cuda.py import without NVIDIA's packages."""
-    code = (
-        "import sys; sys.modules['cuda'] = sys.modules['cuda.core'] = None\n"
-        "import misf.plugins.dynamic_filter.op, misf.plugins.dynamic_filter.cuda"
-    )
+@pytest.mark.slow
+def test_the_kernels_interpreted() -> None:
+    """Triton's interpreter runs the kernels on the CPU: output and gradients, layouts, types, awkward sizes."""
+    needs_triton()
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.plugins.triton_check"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.strip() == "all cases agree"
+
+
+def compiled(kernel: Any, architecture: int, channels_last: bool, gradient: bool = False, far: bool = False) -> Any:
+    """Compile a kernel for a GPU that is not here, as MISF's feature filter in float16 calls it."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants: dict[str, Any] = {
+        "kernel_size": 3,
+        "share": 4,
+        "period": 4,
+        "block_groups": 32 if channels_last else 1,
+        "block": 256,
+    }
+    constants |= {"index": tl.int64 if far else tl.int32, "gradient": gradient}
+    unit = 1 if channels_last else 3  # the dimension of stride 1, which triton takes for a constant
+    signature: dict[str, Any] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    for place, name in enumerate(kernel.arg_names):
+        if place < 3:
+            signature[name] = "*fp16"
+            hints[(place,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_stride"):
+            signature[name] = tuple("constexpr" if i == unit else "i64" if far else "i32" for i in range(4))
+            values[(place, unit)] = 1
+            hints |= {(place, i): [["tt.divisibility", 16]] for i in range(4) if i != unit}
+        elif name in constants:
+            signature[name] = "constexpr"
+            values[(place,)] = constants[name]
+        else:
+            signature[name] = "i32"
+            hints[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, hints)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+def test_the_kernels_compile_for_gpus(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To machine code, without shared memory: no value changes its thread on the way."""
+    needs_triton()
+    from misf.plugins.dynamic_filter import triton_kernels as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    fours = compiled(kernels.misf_filter_fours, architecture, True)
+    planar = compiled(kernels.misf_filter, architecture, False)
+    others = [compiled(kernels.misf_filter_fours, architecture, True, gradient=True)]
+    others += [compiled(kernels.misf_filter, architecture, False, gradient=True)]
+    others += [compiled(kernels.misf_grad_taps, architecture, last, gradient=True) for last in (False, True)]
+    others += [compiled(kernels.misf_filter, architecture, False, far=True)]
+    for made in (fours, planar, *others):
+        assert made.asm["cubin"][:4] == b"\x7fELF"
+        assert made.metadata.shared == 0
+    # Two outputs of a thread: taps of neighbouring pixels are read together, and so are a group's four features.
+    assert planar.asm["ptx"].count("ld.global.b32") >= 9
+    assert fours.asm["ptx"].count("ld.global.v2.b32") == 2 * 9
+    assert fours.asm["ptx"].count("ld.global.b16") == 2 * 9
+
+
+def test_importing_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None\nimport misf.plugins.dynamic_filter.op"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_the_extra_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.core", None)  # type: ignore[arg-type]
-    cuda.available.cache_clear()
+def test_without_triton_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    op._triton.cache_clear()
     try:
-        with pytest.warns(UserWarning, match=r"pip install 'misf\[cuda\]'"):
-            assert not cuda.serves(torch.zeros(1))
+        with pytest.warns(UserWarning, match="pip install triton"):
+            assert not op._triton()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not cuda.serves(torch.zeros(1))
+            assert not op._triton()
     finally:
-        cuda.available.cache_clear()
-    assert not cuda.serves(torch.zeros(1, dtype=torch.float64))
+        op._triton.cache_clear()
 
 
-def test_the_launch_passes_pointers_and_shape_by_address() -> None:
-    """The array that cuLaunchKernel takes; test_kernel_host.py runs the kernels through the same array."""
-    shape = cuda.call_shape((2, 8, 5, 7), 3, 4)
-    arguments, _alive = cuda.launch_arguments((16, 32, 48), shape)
-    assert [ctypes.c_void_p.from_address(arguments[i]).value for i in range(3)] == [16, 32, 48]
-    passed = cuda.Shape.from_address(arguments[3])
-    assert (passed.batch, passed.channels, passed.height, passed.width) == (2, 8, 5, 7)
-    assert (passed.tap_channels, passed.kernel_size, passed.share) == (18, 3, 4)
+def test_what_the_kernels_take() -> None:
+    needs_triton()
+    from misf.plugins.dynamic_filter.triton_kernels import serves
 
-
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_nvrtc_compiles(architecture: str) -> None:
-    """One kernel of each kind, with the name that a launch would ask for; needs no GPU."""
-    needs_nvrtc()
-    shape = cuda.call_shape((1, 256, 64, 64), 3, 4)
-    names = {
-        cuda.plan(Pass.FORWARD, Layout.CHANNELS_LAST, shape, torch.float16).kernel,
-        cuda.plan(Pass.GRAD_TAPS, Layout.PLANAR, shape, torch.bfloat16).kernel,
-        cuda.plan(Pass.GRAD_FEATURES, Layout.CHANNELS_LAST, shape, torch.float32, naive=True).kernel,
-    }
-    assert names == {
-        "misf::forwardChannelsLast<__half, 3, 4, 16, 8>",
-        "misf::gradTapsPlanar<__nv_bfloat16, 3, 4, 8>",
-        "misf::gradFeaturesNaive<float, true>",
-    }
-    for name in names:
-        code = cuda.compile_kernel(name, architecture)
-        assert bytes(code.code).startswith(b"\x7fELF")
-        assert name in code.symbol_mapping
-
-
-def test_missing_cuda_headers_are_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    needs_nvrtc()
-    monkeypatch.setattr("cuda.pathfinder.find_nvidia_header_directory", lambda _name: None)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(cuda.EnvironmentMismatch, match="pip install nvidia-cuda-runtime"):
-        cuda.compile_kernel("misf::forwardNaive<float, false>", "sm_80")
+    assert serves(torch.zeros(1, dtype=torch.bfloat16), 3, 4)
+    assert not serves(torch.zeros(1, dtype=torch.float64), 3, 4)
+    assert not serves(torch.zeros(1), 3, 64)  # 64 channels x 9 products, unrolled
 
 
 # ---- benchmarks/kernel.py -------------------------------------------------------------------------------------------
@@ -115,7 +141,7 @@ def test_the_benchmark_counts_bytes_and_checks_results(benchmark: Any, monkeypat
     monkeypatch.setattr(benchmark, "COPY_BYTES", {"cpu": 1 << 20})
     bench = benchmark.Bench("cpu", 3)
     methods = {"ours": dynamic_filter, "official": benchmark.stacked, "unfold": benchmark.unfolded}
-    monkeypatch.setattr(bench, "_methods", lambda: methods)
+    monkeypatch.setattr(bench, "_methods", lambda _case, _dtype: methods)
     case = benchmark.Case("features", 2, 8, 6, 4)
     bench.forward(case, torch.float32)
     bench.backward(case, torch.float32)
@@ -134,70 +160,52 @@ def test_the_benchmark_counts_bytes_and_checks_results(benchmark: Any, monkeypat
         bench.forward(case, torch.float32)
 
 
-def test_every_geometry_that_is_tuned_covers_the_output(benchmark: Any) -> None:
-    """Blocks times what a block makes is at least the output, and the default comes first."""
-    case = benchmark.Case("features", 64, 256, 64, 4)
-    shape = cuda.call_shape((64, 256, 64, 64), 3, 4)
-    for layout, threads_for in ((Layout.PLANAR, 64), (Layout.CHANNELS_LAST, 0)):
-        default = cuda.plan(Pass.FORWARD, layout, shape, torch.float16)
-        found = list(benchmark.geometries(default, case, 2))
-        assert found[0] is default
-        assert len(found) > 3
-        for call in found:
-            s = call.shape
-            rows = cuda.THREADS >> (s.group_bits + s.column_bits)
-            width = call.width if layout is Layout.PLANAR else 1
-            assert s.column_tiles * (width << s.column_bits) >= 64
-            assert s.row_tiles * rows >= 64
-            assert call.grid[0] == s.column_tiles * s.row_tiles * 64
-            per_thread = 0 if layout is Layout.PLANAR else int(call.kernel.split(", ")[3])
-            assert call.grid[1] == (threads_for or -(-256 // (per_thread << s.group_bits)))
-
-
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-def tensors(case: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    n, channels, height, width, kernel_size, share = case
-    generator = torch.Generator().manual_seed(sum(case))
-    sizes = (channels, channels * kernel_size**2 // share, channels)
-    features, taps, grad = (torch.randn(n, c, height, width, generator=generator).to(dtype) for c in sizes)
-    return features, taps, grad
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_agree_with_the_cpu(dtype: torch.dtype) -> None:
+    from .triton_check import CASES, check
+
+    for case in CASES + GPU_CASES if dtype == torch.float32 else GPU_CASES[:3]:
+        check(case, dtype, "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("naive", [False, True], ids=["fast", "naive"])
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["planar", "channels_last"]
-)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_kernels_agree_with_the_cpu(dtype: torch.dtype, memory_format: torch.memory_format, naive: bool) -> None:
-    for case in CASES:
-        kernel_size, share = case[4:]
-        features, taps, grad = tensors(case, dtype)
-        exact = [tensor.double().requires_grad_() for tensor in (features, taps)]
-        expected = dynamic_filter(exact[0], exact[1], kernel_size, share)
-        expected_grads = torch.autograd.grad(expected, exact, grad.double())
-        on_gpu = [tensor.cuda().to(memory_format=memory_format) for tensor in (features, taps, grad)]
-        output = cuda.forward(on_gpu[0], on_gpu[1], kernel_size, share, naive=naive)
-        grads = cuda.backward(on_gpu[2], on_gpu[0], on_gpu[1], kernel_size, share, naive=naive)
-        rtol, atol = TOLERANCE[dtype]
-        for ours, theirs in zip((output, *grads), (expected.detach(), *expected_grads), strict=True):
-            assert ours.dtype == dtype
-            torch.testing.assert_close(ours.double().cpu(), theirs, rtol=rtol, atol=atol)
-        assert output.stride() == torch.empty_like(on_gpu[0]).stride()
+def test_tuned_kernels_agree_with_the_cpu() -> None:
+    """A call so large that block sizes are tried: whichever won."""
+    from .triton_check import check
+
+    check((2, 64, 192, 192, 3, 4), torch.float16, "cuda")
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    """Channels 2^30 elements apart, in 8 GiB of which little is touched."""
+    from .triton_check import tensors
+
+    features, taps, _grad = tensors((1, 4, 3, 5, 3, 4), torch.float16)
+    far = torch.empty(3 * 2**30 + 15, dtype=torch.float16, device="cuda").as_strided(features.shape, (0, 2**30, 5, 1))
+    far.copy_(features)
+    expected = dynamic_filter(features, taps, 3, 4)
+    torch.testing.assert_close(dynamic_filter(far, taps.cuda(), 3, 4).cpu(), expected, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
 def test_the_op_uses_the_kernels() -> None:
     """Through the public function: gradients, opcheck, odd strides, another stream, an unaligned view, a graph."""
+    from misf.plugins.dynamic_filter import triton_kernels
+
+    from .triton_check import tensors
+
     features, taps, grad = (tensor.cuda() for tensor in tensors((2, 8, 9, 12, 3, 4), torch.float32))
     features.requires_grad_()
     taps.requires_grad_()
     output = dynamic_filter(features, taps, 3, 4)
-    torch.testing.assert_close(output, cuda.forward(features.detach(), taps.detach(), 3, 4), rtol=0, atol=0)
+    torch.testing.assert_close(output, triton_kernels.forward(features.detach(), taps.detach(), 3, 4), rtol=0, atol=0)
     grads = torch.autograd.grad(output, (features, taps), grad)
-    expected = cuda.backward(grad, features.detach(), taps.detach(), 3, 4)
+    expected = triton_kernels.backward(grad, features.detach(), taps.detach(), 3, 4)
     for ours, theirs in zip(grads, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     torch.library.opcheck(torch.ops.misf.dynamic_filter, (features, taps, 3, 4))
@@ -228,6 +236,8 @@ def test_the_op_uses_the_kernels() -> None:
 
 @pytest.mark.gpu
 def test_compiled_model_on_the_gpu() -> None:
+    from .triton_check import tensors
+
     features, taps, _grad = (tensor.cuda() for tensor in tensors((1, 8, 6, 5, 3, 4), torch.float16))
     compiled = torch.compile(lambda x, k: dynamic_filter(x * 2, k, 3, 4) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(features, taps), dynamic_filter(features * 2, taps, 3, 4) + 1)

@@ -19,6 +19,7 @@ from misf.training.model.network import (
     composite,
     initialize,
     network_input,
+    norm_in_layout,
     reflect_to,
     smooth_fill,
 )
@@ -232,6 +233,25 @@ def test_instance_norm_is_its_definition(training: bool) -> None:
     assert x.grad is not None
     assert exact.grad is not None
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "dtype", "tolerance"),
+    [(1, torch.float32, 5e-5), (3, torch.float32, 5e-5), (3, torch.float16, 2e-3), (3, torch.bfloat16, 1.6e-2)],
+    ids=str,  # one picture in 16 bits goes to torch's batch norm, whose CPU kernel rounds more than CUDA's
+)
+def test_instance_norm_in_its_layout(pictures: int, dtype: torch.dtype, tolerance: float) -> None:
+    """What CUDA takes for channels-last, against the definition in float64 of the same numbers; one flat channel."""
+    torch.manual_seed(0)
+    x = (torch.randn(pictures, 6, 9, 7) * torch.tensor([3, 1, 0.1, 20, 1, 1])[:, None, None] + 5).to(dtype)
+    x[:, 4] = 5
+    x = x.contiguous(memory_format=torch.channels_last)
+    variance, mean = torch.var_mean(x.double(), dim=(2, 3), correction=0, keepdim=True)
+    expected = (x.double() - mean) / (variance + 1e-5).sqrt()
+    found = norm_in_layout(x)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_what_is_under_the_mask_is_never_read() -> None:

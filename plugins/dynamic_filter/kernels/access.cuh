@@ -2,7 +2,6 @@
 // thread makes. See kernel.cuh.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 namespace misf
@@ -11,7 +10,7 @@ namespace misf
 constexpr int kTHREADS = 256;     // per block, of every kernel
 constexpr int kACCESS_BYTES = 16; // of the widest load and store
 
-// One call. Every kernel takes it by value, after three pointers. Fourteen ints: cuda.py packs the same.
+// One call. Every kernel takes it by value, after three pointers.
 struct Shape
 {
     int batch, channels, height, width;         // N, C, H, W
@@ -26,15 +25,10 @@ struct Shape
 
 __host__ __device__ inline float toFloat(float value) { return value; }
 __host__ __device__ inline float toFloat(__half value) { return __half2float(value); }
-__host__ __device__ inline float toFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename T> __host__ __device__ inline T fromFloat(float value);
 template <> __host__ __device__ inline float fromFloat<float>(float value) { return value; }
 template <> __host__ __device__ inline __half fromFloat<__half>(float value) { return __float2half_rn(value); }
-template <> __host__ __device__ inline __nv_bfloat16 fromFloat<__nv_bfloat16>(float value)
-{
-    return __float2bfloat16_rn(value);
-}
 
 __host__ __device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 

@@ -1,4 +1,4 @@
-// The dynamic filter on CUDA: forward, gradient to features, gradient to taps.
+// The dynamic filter's forward pass on CUDA, for the TensorRT plugin.
 //
 // Definition (the contract is op.py; correlation, zero border, sums in float32 whatever the storage type):
 //
@@ -11,11 +11,11 @@
 //
 // R consecutive taps use one channel of `taps`, so P = R / gcd(R, K*K) channels of features form a group that uses
 // whole channels of taps: 4 channels share 9 tap channels for MISF's K = 3, R = 4. A thread makes whole groups and
-// therefore reads each of their taps once. Every thread writes outputs of its own, in the gradients too (they gather):
-// no atomics, no shared memory, no synchronisation, and results do not change from run to run.
+// therefore reads each of their taps once. Every thread writes outputs of its own: no atomics, no shared memory, no
+// synchronisation, and results do not change from run to run.
 //
-// Includes CUDA headers only: the same text is compiled by nvcc (TensorRT plugin), NVRTC (cuda.py) and, for the tests,
-// by a host compiler that walks grid and block. Geometry and choice of kernel: launch.cuh.
+// Includes CUDA headers only: the same text is compiled by nvcc and, for the tests, by a host compiler that walks grid and
+// block. Geometry and choice of kernel: launch.cuh.
 #pragma once
 
 #include "access.cuh"
@@ -101,100 +101,6 @@ __global__ void __launch_bounds__(kTHREADS)
     }
 }
 
-// gradTaps[n,m,y,x] = sum over the R consecutive (c,i,j) of tap m: gradOutput[n,c,y,x] * features[n,c,y+i-K/2,x+j-K/2].
-// The order of (c,i,j) is the order of m, so one running sum per column is enough.
-template <typename T, int K, int R, int V>
-__global__ void __launch_bounds__(kTHREADS)
-    gradTapsPlanar(const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
-{
-    constexpr int kAREA = K * K;
-    constexpr int kGROUP = groupChannels(K, R);
-    constexpr int kGROUP_TAPS = kGROUP * kAREA / R;
-
-    const Place at = Place::ofThread(s, V);
-    if (!at.inside(s))
-        return;
-
-    float sum[V] = {};
-#pragma unroll
-    for (int p = 0; p < kGROUP; ++p)
-    {
-        const long long plane = planarRow(s, at.image, s.channels, at.group * kGROUP + p, 0);
-        const auto grad = Strip<T, V, V>::read(gradOutput + plane + (long long)(at.row) * s.width + at.column);
-#pragma unroll
-        for (int i = 0; i < K; ++i)
-        {
-            const auto window = Window<T, K, V>::read(features + plane, s, at.row + i - K / 2, at.column);
-#pragma unroll
-            for (int j = 0; j < K; ++j)
-            {
-                const int q = p * kAREA + i * K + j; // a constant after unrolling
-#pragma unroll
-                for (int v = 0; v < V; ++v)
-                    sum[v] += grad[v] * window[v + j];
-                if (q % R != R - 1)
-                    continue;
-                Strip<T, V, V> result;
-#pragma unroll
-                for (int v = 0; v < V; ++v)
-                {
-                    result.value[v] = fromFloat<T>(sum[v]);
-                    sum[v] = 0.F;
-                }
-                const int m = at.group * kGROUP_TAPS + q / R;
-                result.write(gradTaps + planarRow(s, at.image, s.tapChannels, m, at.row) + at.column);
-            }
-        }
-    }
-}
-
-// gradFeatures[n,c,y,x] = sum over i,j of (gradOutput[n,c] * taps[n,m(c,i,j)]) at the pixel (y - i + K/2, x - j + K/2).
-// Two blocks per multiprocessor: left to itself ptxas aims at 64 registers, and spills on sm_75.
-template <typename T, int K, int R, int V>
-__global__ void __launch_bounds__(kTHREADS, 2) gradFeaturesPlanar(
-    const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
-{
-    constexpr int kAREA = K * K;
-    constexpr int kGROUP = groupChannels(K, R);
-    constexpr int kGROUP_TAPS = kGROUP * kAREA / R;
-
-    const Place at = Place::ofThread(s, V);
-    if (!at.inside(s))
-        return;
-
-#pragma unroll
-    for (int p = 0; p < kGROUP; ++p)
-    {
-        const long long plane = planarRow(s, at.image, s.channels, at.group * kGROUP + p, 0);
-        float sum[V] = {};
-#pragma unroll
-        for (int i = 0; i < K; ++i)
-        {
-            const int row = at.row - i + K / 2;
-            const auto grad = Window<T, K, V>::read(gradOutput + plane, s, row, at.column);
-            Window<T, K, V> tap;
-#pragma unroll
-            for (int j = 0; j < K; ++j)
-            {
-                const int q = p * kAREA + i * K + j;
-                if (j == 0 || q % R == 0) // the first tap of this row, or of the next channel of taps
-                {
-                    const int m = at.group * kGROUP_TAPS + q / R;
-                    tap = Window<T, K, V>::read(taps + planarRow(s, at.image, s.tapChannels, m, 0), s, row, at.column);
-                }
-#pragma unroll
-                for (int v = 0; v < V; ++v)
-                    sum[v] += grad[v + K - 1 - j] * tap[v + K - 1 - j];
-            }
-        }
-        Strip<T, V, V> result;
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-            result.value[v] = fromFloat<T>(sum[v]);
-        result.write(gradFeatures + plane + (long long)(at.row) * s.width + at.column);
-    }
-}
-
 // ---- channels last --------------------------------------------------------------------------------------------------
 
 // The V channels of a pixel that one thread makes, and their taps. `Width`: elements per access, 1 or 16 bytes' worth;
@@ -265,63 +171,6 @@ __global__ void __launch_bounds__(kTHREADS)
         for (int v = 0; v < V; ++v)
             sum[v] += feature[t][v] * tap[(v * K * K + t) / R];
     Mine::writeChannels(sum, output, s, at, s.outputStride);
-}
-
-// As gradTapsPlanar.
-template <typename T, int K, int R, int V, int Width>
-__global__ void __launch_bounds__(kTHREADS) gradTapsChannelsLast(
-    const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
-{
-    using Mine = Pixel<T, K, R, V, Width>;
-
-    const Place at = Place::ofThread(s, 1);
-    if (!at.inside(s) || at.group * Mine::kTAPS >= s.tapStride)
-        return;
-
-    const auto grad = Mine::readChannels(gradOutput, s, at, 0, 0, s.outputStride);
-    typename Mine::Channels feature[K * K];
-#pragma unroll
-    for (int t = 0; t < K * K; ++t)
-        feature[t] = Mine::readChannels(features, s, at, t / K - K / 2, t % K - K / 2, s.featureStride);
-
-    typename Mine::Taps result;
-#pragma unroll
-    for (int m = 0; m < Mine::kTAPS; ++m)
-    {
-        float sum = 0.F;
-#pragma unroll
-        for (int q = m * R; q < (m + 1) * R; ++q)
-            sum += grad[q / (K * K)] * feature[q % (K * K)][q / (K * K)];
-        result.value[m] = fromFloat<T>(at.group * Mine::kTAPS + m < s.tapChannels ? sum : 0.F);
-    }
-    const int first = at.group * Mine::kTAPS;
-    result.write(gradTaps + Mine::offset(s, at, 0, 0, s.tapStride, first), s.tapStride - first);
-}
-
-// As gradFeaturesPlanar.
-template <typename T, int K, int R, int V, int Width>
-__global__ void __launch_bounds__(kTHREADS) gradFeaturesChannelsLast(
-    const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
-{
-    using Mine = Pixel<T, K, R, V, Width>;
-
-    const Place at = Place::ofThread(s, 1);
-    if (!at.inside(s) || at.group * V >= s.featureStride)
-        return;
-
-    float sum[V] = {};
-#pragma unroll
-    for (int t = 0; t < K * K; ++t)
-    {
-        const int down = K / 2 - t / K;
-        const int right = K / 2 - t % K;
-        const auto grad = Mine::readChannels(gradOutput, s, at, down, right, s.outputStride);
-        const auto tap = Mine::readTaps(taps, s, at, down, right);
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-            sum[v] += grad[v] * tap[(v * K * K + t) / R];
-    }
-    Mine::writeChannels(sum, gradFeatures, s, at, s.featureStride);
 }
 
 } // namespace misf

@@ -1,4 +1,4 @@
-// Launches the forward kernels for the TensorRT plugin.
+// Launches the kernels for the TensorRT plugin.
 #include "launch.cuh"
 #include "launch.h"
 
@@ -16,13 +16,13 @@ cudaError_t launch(Shape const& shape, void const* features, void const* taps, v
 {
     auto const addresses = reinterpret_cast<std::uintptr_t>(features) | reinterpret_cast<std::uintptr_t>(taps)
         | reinterpret_cast<std::uintptr_t>(output) | std::uintptr_t(kACCESS_BYTES);
-    Plan const call = plan(Pass::kFORWARD, kLAYOUT, shape, sizeof(T), addresses & ~(addresses - 1));
+    Plan const call = plan(kLAYOUT, shape, sizeof(T), addresses & ~(addresses - 1));
     if (call.gridX == 0)
     {
         bool const empty = shape.batch == 0 || shape.channels == 0 || shape.height == 0 || shape.width == 0;
         return empty ? cudaSuccess : cudaErrorInvalidValue;
     }
-    kernelOf<Pass::kFORWARD, kLAYOUT, T>(call)<<<dim3(call.gridX, call.gridY), kTHREADS, 0, stream>>>(
+    kernelOf<kLAYOUT, T>(call)<<<dim3(call.gridX, call.gridY), kTHREADS, 0, stream>>>(
         static_cast<T const*>(features), static_cast<T const*>(taps), static_cast<T*>(output), call.shape);
     return cudaGetLastError();
 }

@@ -1,5 +1,5 @@
 // Which kernel serves a call of the dynamic filter, and with which grid: plain host code around kernel.cuh, shared by
-// the TensorRT plugin and the tests' host launcher. cuda.py follows the same rules in Python; a test compares the two.
+// the TensorRT plugin and the tests' host launcher.
 #pragma once
 
 #include "kernel.cuh"
@@ -8,20 +8,13 @@
 namespace misf
 {
 
-enum class Pass : int
-{
-    kFORWARD,       // features, taps              -> output
-    kGRAD_TAPS,     // gradient to output, features -> gradient to taps
-    kGRAD_FEATURES, // gradient to output, taps     -> gradient to features
-};
-
 enum class Layout : int
 {
     kPLANAR,
     kCHANNELS_LAST,
 };
 
-// All three tensors are of type T and lie as Shape says; in the order of Pass.
+// Features, taps and output; all of type T, lying as Shape says.
 template <typename T> using Kernel = void (*)(const T*, const T*, T*, Shape);
 
 struct Plan
@@ -54,18 +47,16 @@ inline int bitsFor(long long count, int limit)
     return bits;
 }
 
-// Channels that a thread of the channels-last kernels makes: one group, or one wide access; two in the forward pass
-// where each tap serves four products. (More spills registers in the gradients.)
-constexpr int channelsPerThread(Pass pass, int elementSize, int share, int width)
+// Channels that a thread of the channels-last kernel makes: one group, or one wide access; two where each tap serves four
+// products.
+constexpr int channelsPerThread(int elementSize, int share, int width)
 {
-    return width == 1 ? groupChannels(3, share)
-                      : kACCESS_BYTES / elementSize * (pass == Pass::kFORWARD && share == 4 ? 2 : 1);
+    return width == 1 ? groupChannels(3, share) : kACCESS_BYTES / elementSize * (share == 4 ? 2 : 1);
 }
 
 // Plans a call. `shape` comes without geometry; `alignment`: bytes to which all three pointers are aligned.
 // `naive` asks for the referee.
-inline Plan plan(
-    Pass pass, Layout layout, Shape shape, int elementSize, unsigned long long alignment, bool naive = false)
+inline Plan plan(Layout layout, Shape shape, int elementSize, unsigned long long alignment, bool naive = false)
 {
     Plan result{shape, false, 1, 0, 0};
     Shape& s = result.shape;
@@ -75,10 +66,7 @@ inline Plan plan(
         return result;
 
     const bool channelsLast = layout == Layout::kCHANNELS_LAST;
-    const int written = pass == Pass::kGRAD_TAPS ? (channelsLast ? s.tapStride : s.tapChannels)
-        : !channelsLast                          ? s.channels
-        : pass == Pass::kFORWARD                 ? s.outputStride
-                                                 : s.featureStride;
+    const int written = channelsLast ? s.outputStride : s.channels;
     const bool shipped = s.kernelSize == 3 && (s.share == 4 || s.share == 1);
     if (shipped && !naive && s.height <= kMAX_SIDE && s.width <= kMAX_SIDE)
     {
@@ -90,8 +78,8 @@ inline Plan plan(
             const bool fits = alignment % kACCESS_BYTES == 0 && s.featureStride % wide == 0 && s.tapStride % wide == 0
                 && s.outputStride % wide == 0;
             result.width = fits ? wide : 1;
-            const int perThread = channelsPerThread(pass, elementSize, s.share, result.width);
-            groups = divideUp(written, pass == Pass::kGRAD_TAPS ? perThread * 9 / s.share : perThread);
+            const int perThread = channelsPerThread(elementSize, s.share, result.width);
+            groups = divideUp(written, perThread);
             // 128 bytes of features per pixel are whole cache lines; the rest of the block is a square of pixels.
             s.groupBits = bitsFor(groups, bitsFor(128 / (perThread * elementSize), 5));
             s.columnBits = bitsFor(s.width, (8 - s.groupBits) / 2);
@@ -129,58 +117,27 @@ inline Plan plan(
 
 // ---- from a plan to a kernel ----------------------------------------------------------------------------------------
 
-template <Pass kPASS, typename T, int R, int V> constexpr Kernel<T> planarKernel()
-{
-    if constexpr (kPASS == Pass::kFORWARD)
-        return forwardPlanar<T, 3, R, V>;
-    else if constexpr (kPASS == Pass::kGRAD_TAPS)
-        return gradTapsPlanar<T, 3, R, V>;
-    else
-        return gradFeaturesPlanar<T, 3, R, V>;
-}
-
-template <Pass kPASS, typename T, int R, int Width> constexpr Kernel<T> channelsLastKernel()
-{
-    constexpr int kCHANNELS = channelsPerThread(kPASS, sizeof(T), R, Width);
-    if constexpr (kPASS == Pass::kFORWARD)
-        return forwardChannelsLast<T, 3, R, kCHANNELS, Width>;
-    else if constexpr (kPASS == Pass::kGRAD_TAPS)
-        return gradTapsChannelsLast<T, 3, R, kCHANNELS, Width>;
-    else
-        return gradFeaturesChannelsLast<T, 3, R, kCHANNELS, Width>;
-}
-
-template <Pass kPASS, bool kCHANNELS_LAST, typename T> constexpr Kernel<T> naiveKernel()
-{
-    if constexpr (kPASS == Pass::kFORWARD)
-        return forwardNaive<T, kCHANNELS_LAST>;
-    else if constexpr (kPASS == Pass::kGRAD_TAPS)
-        return gradTapsNaive<T, kCHANNELS_LAST>;
-    else
-        return gradFeaturesNaive<T, kCHANNELS_LAST>;
-}
-
-template <Pass kPASS, Layout kLAYOUT, typename T, int R> Kernel<T> fastKernel(int width)
+template <Layout kLAYOUT, typename T, int R> Kernel<T> fastKernel(int width)
 {
     constexpr int kWIDE = kACCESS_BYTES / sizeof(T);
     if constexpr (kLAYOUT == Layout::kPLANAR)
     {
         constexpr int kMIDDLE = 4 / sizeof(T);
-        return width == kWIDE  ? planarKernel<kPASS, T, R, kWIDE>()
-            : width == kMIDDLE ? planarKernel<kPASS, T, R, kMIDDLE>()
-                               : planarKernel<kPASS, T, R, 1>();
+        return width == kWIDE  ? forwardPlanar<T, 3, R, kWIDE>
+            : width == kMIDDLE ? forwardPlanar<T, 3, R, kMIDDLE>
+                               : forwardPlanar<T, 3, R, 1>;
     }
     else
-        return width == kWIDE ? channelsLastKernel<kPASS, T, R, kWIDE>() : channelsLastKernel<kPASS, T, R, 1>();
+        return width == kWIDE ? forwardChannelsLast<T, 3, R, channelsPerThread(sizeof(T), R, kWIDE), kWIDE>
+                              : forwardChannelsLast<T, 3, R, channelsPerThread(sizeof(T), R, 1), 1>;
 }
 
 // Returns the kernel of a plan. Only what is asked for by the template arguments is compiled.
-template <Pass kPASS, Layout kLAYOUT, typename T> Kernel<T> kernelOf(const Plan& plan)
+template <Layout kLAYOUT, typename T> Kernel<T> kernelOf(const Plan& plan)
 {
     if (!plan.fast)
-        return naiveKernel<kPASS, kLAYOUT == Layout::kCHANNELS_LAST, T>();
-    return plan.shape.share == 4 ? fastKernel<kPASS, kLAYOUT, T, 4>(plan.width)
-                                 : fastKernel<kPASS, kLAYOUT, T, 1>(plan.width);
+        return forwardNaive<T, kLAYOUT == Layout::kCHANNELS_LAST>;
+    return plan.shape.share == 4 ? fastKernel<kLAYOUT, T, 4>(plan.width) : fastKernel<kLAYOUT, T, 1>(plan.width);
 }
 
 } // namespace misf

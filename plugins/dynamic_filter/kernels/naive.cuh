@@ -17,23 +17,23 @@ __device__ inline float at(const T* tensor, const Shape& s, int channels, int st
     return toFloat(tensor[ChannelsLast ? (n * plane + pixel) * stride + c : (n * channels + c) * plane + pixel]);
 }
 
-// Output `index` counts the elements of the tensor that is written, padding included, as they lie in memory.
+// Output `index` counts the elements of the output, padding included, as they lie in memory.
 template <bool ChannelsLast> struct Element
 {
     long long index, image;
     int channel, row, column;
 
-    static __device__ Element ofThread(const Shape& s, int channels, int stride)
+    static __device__ Element ofThread(const Shape& s)
     {
         Element e;
         e.index = (long long)(blockIdx.x) * kTHREADS + threadIdx.x;
         long long rest = e.index;
         if (ChannelsLast)
-            e.channel = int(rest % stride), rest /= stride;
+            e.channel = int(rest % s.outputStride), rest /= s.outputStride;
         e.column = int(rest % s.width), rest /= s.width;
         e.row = int(rest % s.height), rest /= s.height;
         if (!ChannelsLast)
-            e.channel = int(rest % channels), rest /= channels;
+            e.channel = int(rest % s.channels), rest /= s.channels;
         e.image = rest;
         return e;
     }
@@ -43,7 +43,7 @@ template <typename T, bool ChannelsLast>
 __global__ void __launch_bounds__(kTHREADS)
     forwardNaive(const T* __restrict__ features, const T* __restrict__ taps, T* __restrict__ output, Shape s)
 {
-    const auto e = Element<ChannelsLast>::ofThread(s, s.channels, s.outputStride);
+    const auto e = Element<ChannelsLast>::ofThread(s);
     if (e.image >= s.batch)
         return;
 
@@ -58,50 +58,6 @@ __global__ void __launch_bounds__(kTHREADS)
             * at<T, ChannelsLast>(taps, s, s.tapChannels, s.tapStride, e.image, m, e.row, e.column);
     }
     output[e.index] = fromFloat<T>(sum);
-}
-
-template <typename T, bool ChannelsLast>
-__global__ void __launch_bounds__(kTHREADS)
-    gradTapsNaive(const T* __restrict__ gradOutput, const T* __restrict__ features, T* __restrict__ gradTaps, Shape s)
-{
-    const auto e = Element<ChannelsLast>::ofThread(s, s.tapChannels, s.tapStride);
-    if (e.image >= s.batch)
-        return;
-
-    const int area = s.kernelSize * s.kernelSize;
-    float sum = 0.F;
-    for (int r = 0; r < s.share && e.channel < s.tapChannels; ++r)
-    {
-        const long long q = (long long)(e.channel) * s.share + r;
-        const int c = int(q / area);
-        const int t = int(q % area);
-        const int row = e.row + t / s.kernelSize - s.kernelSize / 2;
-        const int column = e.column + t % s.kernelSize - s.kernelSize / 2;
-        sum += at<T, ChannelsLast>(gradOutput, s, s.channels, s.outputStride, e.image, c, e.row, e.column)
-            * at<T, ChannelsLast>(features, s, s.channels, s.featureStride, e.image, c, row, column);
-    }
-    gradTaps[e.index] = fromFloat<T>(sum);
-}
-
-template <typename T, bool ChannelsLast>
-__global__ void __launch_bounds__(kTHREADS) gradFeaturesNaive(
-    const T* __restrict__ gradOutput, const T* __restrict__ taps, T* __restrict__ gradFeatures, Shape s)
-{
-    const auto e = Element<ChannelsLast>::ofThread(s, s.channels, s.featureStride);
-    if (e.image >= s.batch)
-        return;
-
-    const int area = s.kernelSize * s.kernelSize;
-    float sum = 0.F;
-    for (int t = 0; t < area && e.channel < s.channels; ++t)
-    {
-        const int row = e.row - t / s.kernelSize + s.kernelSize / 2;
-        const int column = e.column - t % s.kernelSize + s.kernelSize / 2;
-        const int m = int(((long long)(e.channel) * area + t) / s.share);
-        sum += at<T, ChannelsLast>(gradOutput, s, s.channels, s.outputStride, e.image, e.channel, row, column)
-            * at<T, ChannelsLast>(taps, s, s.tapChannels, s.tapStride, e.image, m, row, column);
-    }
-    gradFeatures[e.index] = fromFloat<T>(sum);
 }
 
 } // namespace misf

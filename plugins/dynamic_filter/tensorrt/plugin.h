@@ -11,7 +11,7 @@
 // built; the plugin never calls the registry. Nothing throws: memory comes from new (std::nothrow), text from snprintf.
 #pragma once
 
-#include "launch.h"
+#include "../kernels/launch.h"
 
 #include <NvInferRuntime.h>
 #include <cstdint>

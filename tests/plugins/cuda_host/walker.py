@@ -9,16 +9,19 @@ import mmap
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from misf.plugins.dynamic_filter import cuda
+from misf.plugins import dynamic_filter
 
 HERE = Path(__file__).parent
-SOURCES = Path(cuda.__file__).parent / "kernels"
+SOURCES = Path(dynamic_filter.__file__).parent / "kernels"
+TYPE_NAMES = {torch.float32: "float", torch.float16: "__half"}
 PAGE = mmap.PAGESIZE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -30,7 +33,7 @@ def cuda_headers() -> list[Path]:
     for location in spec.submodule_search_locations or () if spec else ():
         folders += sorted(Path(location).glob("*/include"))
     for folder in folders:
-        # A host compiler needs more than NVRTC does: crt/ and, since CUDA 13 in cccl/, nv/target.
+        # A host compiler needs crt/ and, since CUDA 13 in cccl/, nv/target too.
         found = [folder, folder / "cccl"]
         wanted = ("cuda_fp16.h", "crt/host_defines.h", "nv/target")
         if all(any((place / name).is_file() for place in found) for name in wanted):
@@ -47,7 +50,7 @@ def library(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("NOT PROVED: the CUDA kernels were not executed, because there is no C++ compiler")
-    name = cuda.TYPE_NAMES[dtype]
+    name = TYPE_NAMES[dtype]
     target = folder / f"walk{name}.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += ["-fsanitize=undefined", "-fno-sanitize-recover=all", f"-DMISF_TYPE={name}"]
@@ -104,23 +107,66 @@ class Fenced:
         return fenced
 
 
+class Layout(IntEnum):
+    """misf::Layout of launch.cuh."""
+
+    PLANAR = 0
+    CHANNELS_LAST = 1
+
+
+class Shape(ctypes.Structure):
+    """misf::Shape of access.cuh, field by field."""
+
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in (
+            *("batch", "channels", "height", "width", "tap_channels", "kernel_size", "share"),
+            *("feature_stride", "tap_stride", "output_stride"),
+            *("column_tiles", "row_tiles", "group_bits", "column_bits"),
+        )
+    ]
+
+    @classmethod
+    def of(cls, features: tuple[int, ...], kernel_size: int, share: int, padding: int = 1) -> Shape:
+        """Describe a call by the features' N, C, H, W; channels last, pixels are rounded up to `padding` channels."""
+        taps = features[1] * kernel_size**2 // share
+        stride, tap_stride = (-(-channels // padding) * padding for channels in (features[1], taps))
+        return cls(*features, taps, kernel_size, share, stride, tap_stride, stride)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What misf::plan decided."""
+
+    fast: bool
+    width: int
+    grid: tuple[int, int]
+
+
 def alignment_of(*tensors: Tensor) -> int:
-    bits = functools.reduce(int.__or__, (tensor.data_ptr() for tensor in tensors), cuda.ACCESS_BYTES)
+    bits = functools.reduce(int.__or__, (tensor.data_ptr() for tensor in tensors), 16)
     return bits & -bits
+
+
+def plan(walker: ctypes.CDLL, layout: Layout, shape: Shape, alignment: int = 16, *, naive: bool = False) -> Plan:
+    """Return kernel and grid for a call, and fill in the geometry of `shape`."""
+    report = (ctypes.c_uint * 4)()
+    walker.misf_plan(int(layout), ctypes.byref(shape), ctypes.c_ulonglong(alignment), int(naive), report)
+    return Plan(bool(report[0]), report[1], (report[2], report[3]))
 
 
 def walk(
     walker: ctypes.CDLL,
-    which: cuda.Pass,
-    layout: cuda.Layout,
+    layout: Layout,
     tensors: tuple[Tensor, Tensor, Tensor],
-    shape: cuda.Shape,
+    shape: Shape,
     *,
     naive: bool = False,
     first_block: tuple[int, int] = (0, 0),
 ) -> None:
-    """Run one pass on the CPU: two inputs and the output, with the arguments packed as for a launch."""
-    pointers = tuple(tensor.data_ptr() for tensor in tensors)
-    arguments, _alive = cuda.launch_arguments(pointers, shape)
+    """Run the kernel of a call on the CPU: features, taps, output."""
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     alignment = ctypes.c_ulonglong(alignment_of(*tensors))
-    walker.misf_walk(int(which), int(layout), arguments, alignment, int(naive), *map(ctypes.c_uint, first_block))
+    walker.misf_walk(
+        int(layout), *pointers, ctypes.byref(shape), alignment, int(naive), *map(ctypes.c_uint, first_block)
+    )
