@@ -14,7 +14,6 @@ import click
 from ..plugins.cli_support import command, wants_progress_bar
 from ..plugins.errors import EnvironmentMismatch, MisfError
 from .config import PRESETS
-from .heap import prefer_huge_pages
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
 from .run_files import RunFolder
 
@@ -29,9 +28,8 @@ log = logging.getLogger(__name__)
 EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
-KEPT = (*PACE, "save_memory")
 """Options of a run that --resume takes up, unless they are given anew."""
-ANY_TIME = ("output", "resume", "device", "workers", *KEPT)
+ANY_TIME = ("output", "resume", "device", "workers", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
@@ -70,7 +68,6 @@ PATHS = ("data", "val", "init_from", "vgg19")
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load pictures."
 )
-@click.option("--save-memory", is_flag=True, help="Keep less for the backward pass, compute it again: same numbers.")
 @click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between numbers.")
 @click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between states.")
 @click.option(
@@ -92,14 +89,12 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     if resume:
         _refuse_changes()
         settings = folder.read_settings()
-        needed = {"recipe", *PATHS, "masks", "invert_mask", "mask_threshold", "official", "precision", *KEPT}
+        needed = {"recipe", *PATHS, "masks", "invert_mask", "mask_threshold", "official", "precision", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
                 f"{folder.settings} is damaged, or another version's: it lacks {', '.join(sorted(lacking))}"
             )
-        options |= {name: settings[name] for name in KEPT if not _given(name)}
-    if options["save_memory"]:
-        prefer_huge_pages()
+        options |= {name: settings[name] for name in PACE if not _given(name)}
     if not resume:
         if folder.exists:
             raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
@@ -140,7 +135,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "invert_mask": options["invert_mask"],
         "mask_threshold": options["mask_threshold"],
         "official": options["official"],
-        **{name: options[name] for name in ("precision", *KEPT)},
+        **{name: options[name] for name in ("precision", *PACE)},
     }
 
 
@@ -216,20 +211,14 @@ def _check_installed() -> None:
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
-    from .trainer import Trainer, end_processes, make_fabric, train
+    from .trainer import Trainer, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
     fabric = make_fabric(options["device"], {"fp32": "32-true", "bf16": "bf16-mixed"}[settings["precision"]])
     if not fabric.is_global_zero:
         logging.getLogger("misf").setLevel(logging.ERROR)
     samples = _samples(settings, recipe)
-    trainer = Trainer(
-        recipe,
-        fabric,
-        vgg=_vgg(settings, recipe),
-        weights=_weights(settings),
-        save_memory=options["save_memory"],
-    )
+    trainer = Trainer(recipe, fabric, vgg=_vgg(settings, recipe), weights=_weights(settings))
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
     samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
     state = folder.read_state() if resume else None
@@ -254,7 +243,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             cases=cases,
             progress=progress,
         )
-    end_processes(fabric)
+    trainer.close()
     if fabric.is_global_zero:
         log.info("done; the weights:")
         click.echo(folder.weights)
