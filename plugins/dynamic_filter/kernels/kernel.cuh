@@ -28,29 +28,28 @@ namespace misf
 // Columns column - K/2 .. column + V - 1 + K/2 of one row of a plane; zero outside the picture.
 template <typename T, int K, int V> struct Window
 {
-    T value[V + K - 1];
+    static constexpr int kBORDER = K / 2;
+    Strip<T, V, V> middle;
+    float left[kBORDER], right[kBORDER];
 
-    __device__ float operator[](int index) const { return toFloat(value[index]); }
+    __device__ float operator[](int index) const
+    {
+        return index < kBORDER ? left[index]
+            : index < kBORDER + V ? middle[index - kBORDER]
+                                  : right[index - kBORDER - V];
+    }
 
     static __device__ Window read(const T* plane, const Shape& s, int row, int column)
     {
-        constexpr int kBORDER = K / 2;
         const bool rowInside = row >= 0 && row < s.height;
         const T* const from = plane + (rowInside ? (long long)(row)*s.width + column : 0);
         Window window;
-        const auto middle = Strip<T, V, V>::read(from, rowInside ? V : 0);
-#pragma unroll
-        for (int k = 0; k < V; ++k)
-            window.value[kBORDER + k] = middle.value[k];
+        window.middle = Strip<T, V, V>::read(from, rowInside ? V : 0);
 #pragma unroll
         for (int k = 0; k < kBORDER; ++k)
         {
-            window.value[k] = fromFloat<T>(0.F);
-            if (rowInside && column + k >= kBORDER)
-                window.value[k] = from[k - kBORDER];
-            window.value[kBORDER + V + k] = fromFloat<T>(0.F);
-            if (rowInside && column + V + k < s.width)
-                window.value[kBORDER + V + k] = from[V + k];
+            window.left[k] = rowInside && column + k >= kBORDER ? toFloat(from[k - kBORDER]) : 0.F;
+            window.right[k] = rowInside && column + V + k < s.width ? toFloat(from[V + k]) : 0.F;
         }
         return window;
     }
@@ -93,11 +92,7 @@ __global__ void __launch_bounds__(kTHREADS)
                 for (int v = 0; v < V; ++v)
                     sum[v] += window[v + j] * tap[(p * kAREA + i * K + j) / R][v];
         }
-        Strip<T, V, V> result;
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-            result.value[v] = fromFloat<T>(sum[v]);
-        result.write(output + plane + (long long)(at.row) * s.width + at.column);
+        Strip<T, V, V>::of(sum).write(output + plane + (long long)(at.row) * s.width + at.column);
     }
 }
 
@@ -137,19 +132,19 @@ template <typename T, int K, int R, int V, int Width> struct Pixel
         return Taps::read(from + offset(s, at, down, right, s.tapStride, first), inside ? s.tapStride - first : 0);
     }
 
-    // Rounds sums of channels to T; channels from `channels` on are padding, and zero.
-    static __device__ void writeChannels(const float (&sum)[V], T* to, const Shape& s, const Place& at, int stride)
+    // Channels from `channels` on are padding, and zero.
+    static __device__ void writeChannels(float (&sum)[V], T* to, const Shape& s, const Place& at, int stride)
     {
-        Channels result;
 #pragma unroll
         for (int v = 0; v < V; ++v)
-            result.value[v] = fromFloat<T>(at.group * V + v < s.channels ? sum[v] : 0.F);
-        result.write(to + offset(s, at, 0, 0, stride, at.group * V), stride - at.group * V);
+            sum[v] = at.group * V + v < s.channels ? sum[v] : 0.F;
+        Channels::of(sum).write(to + offset(s, at, 0, 0, stride, at.group * V), stride - at.group * V);
     }
 };
 
+// Two blocks per multiprocessor: left to itself ptxas aims at 64 registers, and spills on sm_75.
 template <typename T, int K, int R, int V, int Width>
-__global__ void __launch_bounds__(kTHREADS)
+__global__ void __launch_bounds__(kTHREADS, 2)
     forwardChannelsLast(const T* __restrict__ features, const T* __restrict__ taps, T* __restrict__ output, Shape s)
 {
     using Mine = Pixel<T, K, R, V, Width>;
