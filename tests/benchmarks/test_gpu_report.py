@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .conftest import load_benchmark
+from ..conftest import load_benchmark
 
 
 def test_predictions_meet_the_rows_that_they_are_about(tmp_path: Path) -> None:
