@@ -119,7 +119,8 @@ def _tidy(model: ModelProto) -> None:
 
 def _unused(name: str, taken: set[str]) -> str:
     """Return `name`, or with a number when a node has it already (fixed weights serve several), and note it."""
-    unused = next(found for count in itertools.count(1) if (found := name if count == 1 else f"{name}.{count}") not in taken)
+    numbered = (f"{name}.{number}" for number in itertools.count(2))
+    unused = next(found for found in itertools.chain([name], numbered) if found not in taken)
     taken.add(unused)
     return unused
 

