@@ -239,7 +239,7 @@ class InpaintingNetwork(nn.Module):
         """
         config = self.config
         features = F.relu(self.norm(self.stem(_reflect_border(x, self.stem))))
-        seen = [x[:, :4]]  # without noise
+        seen = [x[:, :4] if config.detail else x]  # without noise
         for level in (1, 2, 3):
             if level > 1:
                 features = F.relu(self.norm(self.down[level - 2](features)))

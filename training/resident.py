@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -55,7 +56,9 @@ class ResidentSamples:
             drawn = [draw(index) for index in range(stock)]
         self._masks = torch.from_numpy(np.stack(drawn)).to(self.device)
         decoded = [picture for index in range(len(pictures)) if (picture := pictures.get(index)) is not None]
-        sizes = [size for picture in decoded for size in _sizes(picture, crop, zoom_out)]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            resized = threads.map(partial(_sizes, crop=crop, zoom_out=zoom_out), decoded)
+            sizes = [size for several in resized for size in several]
         self._pictures = len(decoded)
         if not sizes:
             raise MisfError(f"none of {len(pictures)} pictures can be decoded")
