@@ -21,7 +21,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # misf without an installation: the folders under one namespace, and a version for importlib.metadata.
-if ! "$PYTHON" -c 'from importlib.metadata import version; import misf.training.network; version("misf")' 2>/dev/null; then
+if ! "$PYTHON" -c 'from importlib.metadata import version; import misf.training.efficientnet; version("misf")' 2>/dev/null; then
     version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
     mkdir -p "$work/site/misf" "$work/site/misf-$version.dist-info"
     for folder in training export plugins runtime; do ln -s "$PWD/$folder" "$work/site/misf/$folder"; done
@@ -29,20 +29,31 @@ if ! "$PYTHON" -c 'from importlib.metadata import version; import misf.training.
     export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 for wheel in "$data"/wheels/*.whl; do # pure Python packages that the machine may lack
-    [ -e "$wheel" ] && "$PYTHON" -m zipfile -e "$wheel" "$work/wheels" && export PYTHONPATH=$PYTHONPATH:$work/wheels
+    [ -e "$wheel" ] || continue
+    "$PYTHON" -m zipfile -e "$wheel" "$work/wheels"
+    export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$work/wheels
 done
 
+backbone=$(find "$data" -maxdepth 1 -name '*lite0*.safetensors' -o -maxdepth 1 -name '*lite0*.pth' | head -n 1)
 if [ ! -e "$run/state.pt" ] && [ -d "$data/state" ]; then
     mkdir -p "$run"
     cat "$data"/state/state.pt.part-* >"$run/state.pt"
-    cp "$data"/state/{run.json,log.jsonl,ema.safetensors} "$run/"
+    cp "$data"/state/{log.jsonl,ema.safetensors} "$run/"
+    "$PYTHON" - "$data" "$backbone" >"$run/run.json" <<'EOF'
+import json, pathlib, sys
+data, backbone = pathlib.Path(sys.argv[1]), sys.argv[2]
+settings = json.loads((data / "state/run.json").read_text())
+settings |= {"data": str(data / "train"), "perceptual_backbone": backbone}  # another machine's paths
+settings["val"] = settings["val"] and str(data / "val")
+print(json.dumps(settings))
+EOF
 fi
 pace=(--workers 15 --log-every 100 --save-every 2000 --picture-every 1000000)
 if [ -e "$run/state.pt" ]; then
     how=(--resume "${pace[@]}")
 else
     how=("${pace[@]}" --data "$data/train" --config misf-looks --recipe looks --precision bf16 --resident 16384
-        --perceptual-backbone "$(find "$data" -maxdepth 1 -name 'lite0*' -o -maxdepth 1 -name '*lite0*.pth' | head -n 1)"
+        --perceptual-backbone "$backbone"
         --batch 64 --steps 1000000 --set seconds="$total")
     [ -d "$data/val" ] && how+=(--val "$data/val")
     read -ra more <<<"${MISF_TRAIN_OPTIONS:-}"

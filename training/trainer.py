@@ -54,6 +54,7 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
         raise EnvironmentMismatch(f"--device cuda: no NVIDIA GPU that this PyTorch can use; {hint}")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32: Muon's products need no more
+        torch.backends.cudnn.benchmark = True  # every batch has one size
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     fabric = Fabric(
