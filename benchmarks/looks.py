@@ -19,14 +19,15 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion, gaussian_filter
+
 from misf.plugins.cli_support import command
 from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
 from misf.training.evaluate import Case, Method, Picture, cases, model_fill
 from misf.training.masks import BANDS, Mask, band_name
 from misf.training.peers import PEERS
-from numpy.typing import NDArray
-from scipy.ndimage import binary_erosion, gaussian_filter
 
 log = logging.getLogger("misf.benchmarks")
 
@@ -49,9 +50,7 @@ Plane = NDArray[np.float64]
 @click.option("--backbone", default="lite2", show_default=True, help="EfficientNet of the distance, or its file.")
 @click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-def main(
-    models: tuple[Path, ...], peers: bool, data: Path, backbone: str, per_band: int | None, as_json: bool
-) -> None:
+def main(models: tuple[Path, ...], peers: bool, data: Path, backbone: str, per_band: int | None, as_json: bool) -> None:
     """Print the table: centre crops of 256x256, seeded masks.
 
     \b

@@ -1,4 +1,4 @@
-"""The recipe `looks` and its parts: feature distance, patches, samples on the device, runs by the clock, the measures."""
+"""The recipe `looks` and its parts: feature distance, patches, samples on the device, runs by the clock, measures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
 from misf.plugins.errors import MisfError
 from misf.training import losses
 from misf.training.cli import main
@@ -18,9 +22,6 @@ from misf.training.efficientnet import load_feature_distance
 from misf.training.masks import RandomMasks
 from misf.training.recipe import TrainingConfig
 from misf.training.resident import ResidentSamples
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 # Kernel size, stride, inputs, widened channels and outputs of lite0's first blocks, as the package's file has them.
 LITE0 = [

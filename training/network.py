@@ -34,9 +34,9 @@ class InstanceNorm(nn.Module):
 class ResidualBlock(nn.Module):
     """Two reflect-padded 3x3 convolutions, with instance norm if `normalize`, added to the input."""
 
-    def __init__(self, channels: int, dilation: int, normalize: bool = True) -> None:
+    def __init__(self, channels: int, dilation: int, normalize: bool = True, slope: float = 0.0) -> None:
         super().__init__()
-        self.dilation = dilation
+        self.dilation, self.slope = dilation, slope
         self.norm = InstanceNorm() if normalize else nn.Identity()
         self.recompute = False
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
@@ -45,9 +45,22 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
         y = between(self.recompute, lambda x: self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect")), x)
-        y = between(self.recompute, lambda y: self.conv2(F.pad(F.relu(self.norm(y)), (1, 1, 1, 1), mode="reflect")), y)
+        y = between(
+            self.recompute,
+            lambda y: self.conv2(F.pad(_rectified(self.norm(y), self.slope), (1, 1, 1, 1), mode="reflect")),
+            y,
+        )
         result: Tensor = x + self.norm(y)
         return result
+
+
+LEAK = 0.2
+"""Slope below 0 of what stands for ReLU in networks with a detail head, whose layers fell silent with ReLU: the first
+thing that training learns about a smooth fill is that noise on it is bad."""
+
+
+def _rectified(x: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(x, slope) if slope else F.relu(x)
 
 
 def between(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -150,6 +163,7 @@ class InpaintingNetwork(nn.Module):
         self.config = config
         self.recompute = False
         self.norm = InstanceNorm() if config.normalize else nn.Identity()
+        self.slope = LEAK if config.detail else 0.0
         width = config.width
         inputs, window = (5, 3) if config.detail else (4, 7)
         self.stem = nn.Conv2d(inputs, width, window)
@@ -157,7 +171,10 @@ class InpaintingNetwork(nn.Module):
             [nn.Conv2d(width, 2 * width, 4, 2, padding=1), nn.Conv2d(2 * width, 4 * width, 4, 2, padding=1)]
         )
         self.middle = nn.Sequential(
-            *(ResidualBlock(4 * width, dilation, config.normalize) for dilation in config.residual_dilations)
+            *(
+                ResidualBlock(4 * width, dilation, config.normalize, self.slope)
+                for dilation in config.residual_dilations
+            )
         )
         self.up = nn.ModuleList([_doubling(4 * width, config), _doubling(2 * width, config)])
         self.head = nn.Conv2d(width, 3, window)
@@ -238,11 +255,11 @@ class InpaintingNetwork(nn.Module):
         The picture N,3,h,w, from decoder and `base`, after its filter; and the decoder's features N,width,h,w.
         """
         config = self.config
-        features = F.relu(self.norm(self.stem(_reflect_border(x, self.stem))))
+        features = _rectified(self.norm(self.stem(_reflect_border(x, self.stem))), self.slope)
         seen = [x[:, :4] if config.detail else x]  # without noise
         for level in (1, 2, 3):
             if level > 1:
-                features = F.relu(self.norm(self.down[level - 2](features)))
+                features = _rectified(self.norm(self.down[level - 2](features)), self.slope)
             if self.prediction is None or level > config.prediction_levels:
                 continue
             y = self.prediction.down[level - 1](seen[-1] if level == 1 else F.avg_pool2d(seen[-1], 2))
@@ -252,9 +269,11 @@ class InpaintingNetwork(nn.Module):
                 features = dynamic_filter(features, taps, config.kernel_size, config.share)
         features = self.middle(features)
         features = self.up[0](features)
-        features = between(self.recompute, lambda x: self.up[1](F.relu(self.norm(x))), features)
+        features = between(self.recompute, lambda x: self.up[1](_rectified(self.norm(x), self.slope)), features)
         picture = between(
-            self.recompute, lambda x: self.head(_reflect_border(F.relu(self.norm(x)), self.head)), features
+            self.recompute,
+            lambda x: self.head(_reflect_border(_rectified(self.norm(x), self.slope), self.head)),
+            features,
         )
         if base is not None:
             picture = picture + base
@@ -396,10 +415,10 @@ class Detail(nn.Module):
             half, full: N,4,H/2,W/2 and N,4,H,W: the picture as filled so far, and the mask.
 
         """
-        y = _enlarge(F.relu(self.at_quarter(F.relu(features))), 2)
-        y = _enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
-        y = F.relu(self.full_view(self.with_noise(full)) + y)
-        result: Tensor = self.last(F.relu(self.at_full(y)))
+        y = _enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
+        y = _enlarge(_rectified(self.at_half(y) + self.half_view(self.with_noise(half)), LEAK), 2)
+        y = _rectified(self.full_view(self.with_noise(full)) + y, LEAK)
+        result: Tensor = self.last(_rectified(self.at_full(y), LEAK))
         return result
 
 
