@@ -193,11 +193,12 @@ def train(photographs: Path, lite0: Path, output: Path, *options: str) -> list[d
     return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_looks_begin_after_their_share_and_the_clock_ends_the_run(
+def test_the_discriminator_begins_after_its_share_and_the_clock_ends_the_run(
     photographs: Path, lite0: Path, tmp_path: Path
 ) -> None:
-    log = train(photographs, lite0, tmp_path / "run", "--steps", "4", "--set", "looks_from=0.5")
-    assert [("distance" in line, "adversarial" in line) for line in log] == [(False, False)] * 2 + [(True, True)] * 2
+    log = train(photographs, lite0, tmp_path / "run", "--steps", "4", "--set", "adversarial_from=0.5")
+    assert ["adversarial" in line for line in log] == [False, False, True, True]
+    assert all("distance" in line for line in log)
     by_clock = ("--steps", "1000000", "--set", "seconds=2")
     log = train(photographs, lite0, tmp_path / "clock", *by_clock)
     assert 1 <= len(log) < 1000

@@ -233,6 +233,7 @@ def _check_installed() -> None:
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
+    from .dataset import TrainingSamples
     from .trainer import Trainer, end_processes, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
@@ -249,7 +250,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         save_memory=options["save_memory"],
     )
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
-    if not settings["resident"]:
+    if isinstance(samples, TrainingSamples):
         samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
     state = folder.read_state() if resume else None
     if state is not None:

@@ -43,8 +43,8 @@ class _Block(nn.Module):
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self.expand(x)) if isinstance(self.expand, nn.Conv2d) else x
-        y = self.project(F.relu6(self.depthwise(_same(y, self.depthwise))))
+        wide = F.relu6(self.expand(x)) if isinstance(self.expand, nn.Conv2d) else x
+        y: Tensor = self.project(F.relu6(self.depthwise(_same(wide, self.depthwise))))
         return x + y if self.adds else y
 
 

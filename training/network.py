@@ -247,7 +247,8 @@ class InpaintingNetwork(nn.Module):
             estimate = _near_known(known[1], _enlarge(picture.float(), 2), _PRIOR, twice=True)
             half = _completed(known[1], estimate)
             full = _completed(known[0], _near_known(known[0], _enlarge(estimate, 2), _EDGE_PRIOR))
-        return (full[:, :3] + self.detail(features, half, full)).clamp(0, 1)
+        detailed: Tensor = full[:, :3] + self.detail(features, half, full)
+        return detailed.clamp(0, 1)
 
     def filtered(self, x: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return what both branches make of N,4,h,w, or N,5,h,w with noise.

@@ -77,8 +77,8 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, means, group["momentum"])
         changes = orthogonalized(torch.stack([matrix.flatten(1) for matrix in ahead]))
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        changes = [change.reshape(weight.shape) for change, weight in zip(changes, weights, strict=True)]
-        torch._foreach_add_(weights, changes, alpha=-group["lr"] * scale)
+        steps = [change.reshape(weight.shape) for change, weight in zip(changes, weights, strict=True)]
+        torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)
 
 
 def orthogonalized(x: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ class TrainingConfig:
     """Logarithm of the finished picture's feature distance to the truth (`efficientnet.py`), sample by sample."""
     hole_patches: bool = False
     """The discriminator judges finished pictures, and takes only patches that the hole touches for false."""
-    looks_from: float = 0.0
-    """The share of the run after which adversarial, feature matching and feature distance losses begin."""
+    adversarial_from: float = 0.0
+    """The share of the run after which the discriminator, and with it feature matching, begins."""
     discriminator_width: int = 64
 
     optimizer: str = "adamw"
@@ -213,7 +213,7 @@ RECIPES: dict[str, TrainingConfig] = {
         distance=0.5,
         perceptual=0.0,
         style=0.0,
-        looks_from=0.1,
+        adversarial_from=0.05,
         discriminator_width=48,
         optimizer="muon",
         learning_rate=4e-3,

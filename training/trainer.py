@@ -220,9 +220,10 @@ class Trainer:
         return self.config.progress(self.step, self.elapsed_s) >= 1
 
     @property
-    def _looks(self) -> bool:
-        """Whether the losses that begin with `looks_from` are on."""
-        return self.config.progress(self.step, self.elapsed_s) >= self.config.looks_from
+    def _judging(self) -> bool:
+        """Whether the discriminator takes part by now."""
+        begun = self.config.progress(self.step, self.elapsed_s) >= self.config.adversarial_from
+        return self.discriminator is not None and begun
 
     def _every_optimizer(self) -> Iterator[tuple[Any, float]]:
         """Yield each optimizer with its share of the learning rate."""
@@ -241,7 +242,7 @@ class Trainer:
             self._trim()
             found: Numbers = {}
             real_features = None
-            if self.discriminator is not None and self._looks:
+            if self._judging:
                 found["discriminator"], real_features = self._judge(prediction.detach(), image, mask, share, last)
                 self._trim()
             terms = self._generator_terms(prediction, image, mask, real_features)
@@ -301,7 +302,7 @@ class Trainer:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
             terms |= self._passing_for_real(prediction, image, mask, real_features)
-        if self.distance is not None and self._looks:
+        if self.distance is not None:
             with self.fabric.autocast():
                 distance = self.distance(image, composite(image, prediction, mask))
             terms["distance"] = losses.feature_distance_loss(distance)
