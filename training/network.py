@@ -395,7 +395,7 @@ class Detail(nn.Module):
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.at_quarter = nn.Conv2d(width, channels, 3, padding=1)
-        self.at_half = nn.Conv2d(channels, channels, 3, padding=1)
+        self.at_half = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.half_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
         self.full_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
         self.at_full = nn.Conv2d(channels, channels, 3, padding=1)
@@ -417,8 +417,9 @@ class Detail(nn.Module):
 
         """
         y = _enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
-        y = _enlarge(_rectified(self.at_half(y) + self.half_view(self.with_noise(half)), LEAK), 2)
-        y = _rectified(self.full_view(self.with_noise(full)) + y, LEAK)
+        # Sums without a bias, which could silence them, keep ReLU: ONNX Runtime leaves its layout for a leaky one.
+        y = _enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
+        y = F.relu(self.full_view(self.with_noise(full)) + y)
         result: Tensor = self.last(_rectified(self.at_full(y), LEAK))
         return result
 
