@@ -16,7 +16,6 @@ import click
 from ..plugins.cli_support import command, wants_progress_bar
 from ..plugins.errors import EnvironmentMismatch, MisfError
 from .config import PRESETS
-from .heap import prefer_huge_pages
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
 from .run_files import RunFolder
 
@@ -33,9 +32,8 @@ log = logging.getLogger(__name__)
 EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
-KEPT = (*PACE, "save_memory")
 """Options of a run that --resume takes up, unless they are given anew."""
-ANY_TIME = ("output", "resume", "device", "workers", "stop_after", *KEPT)
+ANY_TIME = ("output", "resume", "device", "workers", "stop_after", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
@@ -90,7 +88,6 @@ STARTED = time.monotonic()
 @click.option(
     "--stop-after", type=click.IntRange(min=1), metavar="SECONDS", help="Save and stop then; --resume goes on."
 )
-@click.option("--save-memory", is_flag=True, help="Keep less for the backward pass, compute it again: same numbers.")
 @click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between numbers.")
 @click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between states.")
 @click.option(
@@ -112,14 +109,12 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     if resume:
         _refuse_changes()
         settings = folder.read_settings()
-        needed = {"recipe", *PATHS, *PLAIN, "masks", *KEPT}
+        needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
                 f"{folder.settings} is damaged, or another version's: it lacks {', '.join(sorted(lacking))}"
             )
-        options |= {name: settings[name] for name in KEPT if not _given(name)}
-    if options["save_memory"]:
-        prefer_huge_pages()
+        options |= {name: settings[name] for name in PACE if not _given(name)}
     if not resume:
         if folder.exists:
             raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
@@ -157,7 +152,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "recipe": json.loads(recipe.to_json()),
         **{name: options[name] and str(options[name].resolve()) for name in PATHS},
         "masks": options["masks"] if options["masks"] == "random" else str(Path(options["masks"]).resolve()),
-        **{name: options[name] for name in (*PLAIN, *KEPT)},
+        **{name: options[name] for name in (*PLAIN, *PACE)},
     }
 
 
@@ -234,7 +229,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     import json
 
     from .dataset import TrainingSamples
-    from .trainer import Trainer, end_processes, make_fabric, train
+    from .trainer import Trainer, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
     fabric = make_fabric(options["device"], {"fp32": "32-true", "bf16": "bf16-mixed"}[settings["precision"]])
@@ -247,7 +242,6 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         vgg=_vgg(settings, recipe),
         distance=_feature_distance(settings, recipe),
         weights=_weights(settings),
-        save_memory=options["save_memory"],
     )
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
     if isinstance(samples, TrainingSamples):
@@ -275,7 +269,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             cases=cases,
             progress=progress,
         )
-    end_processes(fabric)
+    trainer.close()
     if fabric.is_global_zero:
         log.info("done; the weights:")
         click.echo(folder.weights)

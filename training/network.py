@@ -8,17 +8,14 @@ makes both sets of taps, looking at the filtering branch's features on its way (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..plugins.dynamic_filter.op import dynamic_filter
 from .config import NetworkConfig
-from .winograd import recomputing
 
 
 class InstanceNorm(nn.Module):
@@ -26,8 +23,6 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W, every channel of every picture with mean 0 and variance 1."""
-        if self.training and x.device.type == "cpu" and x.dtype == torch.float32:
-            return F.group_norm(x, x.shape[1])  # the same, by a kernel that is twice as fast forward
         return F.instance_norm(x)
 
 
@@ -38,18 +33,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.dilation, self.slope = dilation, slope
         self.norm = InstanceNorm() if normalize else nn.Identity()
-        self.recompute = False
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
         self.conv2 = nn.Conv2d(channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
-        y = between(self.recompute, lambda x: self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect")), x)
-        y = between(
-            self.recompute,
-            lambda y: self.conv2(F.pad(_rectified(self.norm(y), self.slope), (1, 1, 1, 1), mode="reflect")),
-            y,
-        )
+        y = self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect"))
+        y = self.conv2(F.pad(_rectified(self.norm(y), self.slope), (1, 1, 1, 1), mode="reflect"))
         result: Tensor = x + self.norm(y)
         return result
 
@@ -61,24 +51,6 @@ thing that training learns about a smooth fill is that noise on it is bad."""
 
 def _rectified(x: Tensor, slope: float) -> Tensor:
     return F.leaky_relu(x, slope) if slope else F.relu(x)
-
-
-def between(recompute: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Return function(*inputs), a convolution and what is before it.
-
-    recompute: keep `inputs` alone for the backward pass, which computes again what is before the convolution (norm,
-    ReLU, padding, concatenation), but not the convolution: nothing behind it is asked for.
-    """
-    if not (recompute and torch.is_grad_enabled()):
-        return function(*inputs)
-    result: Tensor = checkpoint(
-        function,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=lambda: (contextlib.nullcontext(), recomputing()),
-    )
-    return result
 
 
 class ConvBlock(nn.Sequential):
@@ -98,16 +70,11 @@ class JoiningBlock(ConvBlock):
     def __init__(self, in_channels: int, out_channels: int, count: int, factor: int) -> None:
         super().__init__(in_channels, out_channels, count)
         self.factor = factor
-        self.recompute = False
 
     def forward(self, x: Tensor, smaller: Tensor) -> Tensor:  # type: ignore[override]
         """Return N,K,H,W for x N,C,H,W and N,D,H/factor,W/factor."""
-        first, *rest = self
-        assert isinstance(first, nn.Conv2d)
-        y = between(self.recompute, lambda x, y: _of_both(first, x, _enlarge(y, self.factor)), x, smaller)
-        for layer in rest:
-            y = layer(y)
-        return y
+        result: Tensor = super().forward(torch.cat([x, _enlarge(smaller, self.factor)], dim=1))
+        return result
 
 
 class PredictionBranch(nn.Module):
@@ -135,20 +102,6 @@ class PredictionBranch(nn.Module):
         return taps
 
 
-def _of_both(conv: nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
-    """Return conv(cat([x, y])); in training mode on a CPU as the sum of two convolutions, which saves memory.
-
-    The gradient of a concatenation stays whole until the last use of either part. By the mode, not by whether gradients
-    are enabled: the exporter traces with gradients, and its graph keeps the published form.
-    """
-    if x.device.type != "cpu" or not conv.training:
-        result: Tensor = conv(torch.cat([x, y], dim=1))
-        return result
-    of_x, of_y = torch.split(conv.weight, [x.shape[1], y.shape[1]], dim=1)
-    result = conv._conv_forward(x, of_x, conv.bias)
-    return result.add_(conv._conv_forward(y, of_y, None))
-
-
 def _enlarge(x: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return x
@@ -161,7 +114,6 @@ class InpaintingNetwork(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
         self.norm = InstanceNorm() if config.normalize else nn.Identity()
         self.slope = LEAK if config.detail else 0.0
         width = config.width
@@ -181,22 +133,6 @@ class InpaintingNetwork(nn.Module):
         self.edges = EdgeContinuation() if config.fill_first and not config.detail else None
         self.detail = Detail(width, config.detail) if config.detail else None
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
-
-    def stages(self) -> list[nn.Module]:
-        """Return the modules that follow one another at changing sizes: where to trim the heap (`heap.py`)."""
-        parts: list[nn.Module] = [*self.down, self.middle, *self.up, self.head]
-        if self.prediction is not None:
-            branch = self.prediction
-            parts += branch.down
-            if self.config.image_filter:
-                parts += [branch.up3, branch.up2, branch.up1]
-        return parts
-
-    def save_memory(self) -> None:
-        """From now on keep less for the backward pass, and compute it again there: same numbers (see `between`)."""
-        for module in self.modules():
-            if isinstance(module, InpaintingNetwork | JoiningBlock | ResidualBlock):
-                module.recompute = True
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the predicted picture, float32 N,3,H,W in [0,1], of any height and width.
@@ -269,13 +205,9 @@ class InpaintingNetwork(nn.Module):
                 taps = self.prediction.feature_taps(seen[-1])
                 features = dynamic_filter(features, taps, config.kernel_size, config.share)
         features = self.middle(features)
-        features = self.up[0](features)
-        features = between(self.recompute, lambda x: self.up[1](_rectified(self.norm(x), self.slope)), features)
-        picture = between(
-            self.recompute,
-            lambda x: self.head(_reflect_border(_rectified(self.norm(x), self.slope), self.head)),
-            features,
-        )
+        for layer in self.up:
+            features = _rectified(self.norm(layer(features)), self.slope)
+        picture: Tensor = self.head(_reflect_border(features, self.head))
         if base is not None:
             picture = picture + base
         if self.prediction is not None and config.image_filter:
