@@ -153,10 +153,15 @@ def plugin_program(folder: Path) -> Path | None:
     spec = importlib.util.find_spec("misf.plugins.dynamic_filter")
     assert spec is not None
     assert spec.origin is not None
-    sources, program = Path(spec.origin).parent, folder / "plugin_kernel"
+    sources, program = Path(spec.origin).parent / "kernels", folder / "plugin_kernel"
     major, minor = torch.cuda.get_device_capability()
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-I", str(sources)]
-    command += [str(Path(__file__).with_name("plugin_kernel.cu")), str(sources / "launch.cu"), "-o", str(program)]
+    command += [
+        str(Path(__file__).with_name("plugin_kernel.cu")),
+        str(sources / "launch.cu"),
+        "-o",
+        str(program),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise EnvironmentMismatch(f"nvcc did not build the plugin's kernels: {one_line(RuntimeError(result.stderr))}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ def _tidy(model: ModelProto) -> None:
     renamed = {name.name: name.name.removeprefix("network.") for name in graph.initializer}
     for initializer in graph.initializer:
         initializer.name = renamed[initializer.name]
+    taken: set[str] = set()
     filters = iter(onnx_op.filter_names(len(onnx_op.filter_nodes(model))))
     for node in graph.node:
         del node.metadata_props[:]
@@ -110,9 +112,17 @@ def _tidy(model: ModelProto) -> None:
         if node.op_type == onnx_op.OP_TYPE:
             node.name = next(filters)
         elif node.op_type in ("Conv", "ConvTranspose"):
-            node.name = node.input[1].removesuffix(".weight")
+            node.name = _unused(node.input[1].removesuffix(".weight"), taken)
         else:
             node.name = node.name.removeprefix("node_")
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """Return `name`, or with a number when a node has it already (fixed weights serve several), and note it."""
+    numbered = (f"{name}.{number}" for number in itertools.count(2))
+    unused = next(found for found in itertools.chain([name], numbered) if found not in taken)
+    taken.add(unused)
+    return unused
 
 
 def complete_model(core: ModelProto, config: NetworkConfig) -> ModelProto:

@@ -94,7 +94,9 @@ def known_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     return (error / (3 * known.sum(dim=(1, 2, 3))).clamp(min=1)).mean()
 
 
-def adversarial_loss(scores: Tensor, real: bool, kind: str = "nsgan", *, for_generator: bool = False) -> Tensor:
+def adversarial_loss(
+    scores: Tensor, real: bool, kind: str = "nsgan", *, for_generator: bool = False, where: Tensor | None = None
+) -> Tensor:
     """Return the adversarial loss of a discriminator's raw scores that should say `real`.
 
     Args:
@@ -102,17 +104,35 @@ def adversarial_loss(scores: Tensor, real: bool, kind: str = "nsgan", *, for_gen
         real: what the pictures are (discriminator), or shall pass for (generator: True).
         kind: nsgan (logistic, not saturating), lsgan (squares to 1 and 0), hinge.
         for_generator: matters to hinge only, whose generator loss has no hinge.
+        where: 1 for the scores that count, else 0; all, unless given.
 
     """
     scores = scores.float()
     if kind == "nsgan":
-        return F.softplus(-scores if real else scores).mean()
-    if kind == "lsgan":
-        return (scores - float(real)).square().mean()
-    if kind == "hinge":
+        values = F.softplus(-scores if real else scores)
+    elif kind == "lsgan":
+        values = (scores - float(real)).square()
+    elif kind == "hinge":
         sign = 1.0 if real else -1.0
-        return -sign * scores.mean() if for_generator else F.relu(1 - sign * scores).mean()
-    raise ValueError(f"adversarial loss {kind!r}: expected one of {', '.join(ADVERSARIAL)}")
+        values = -sign * scores if for_generator else F.relu(1 - sign * scores)
+    else:
+        raise ValueError(f"adversarial loss {kind!r}: expected one of {', '.join(ADVERSARIAL)}")
+    if where is None:
+        return values.mean()
+    return (values * where).sum() / where.sum().clamp(min=1)
+
+
+def touched_patches(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return N,1,h,w: 1 for the patches of a discriminator's scores of `size` (h, w) that the hole comes near, else 0.
+
+    A patch counts when there is hole within 8 pixels of its place: of the 70 pixels that it sees, the middle.
+    """
+    return F.adaptive_max_pool2d(F.max_pool2d(mask, 17, stride=1, padding=8), size)
+
+
+def feature_distance_loss(distance: Tensor) -> Tensor:
+    """Return log(distance + 0.02), the mean over samples N: as in `psnr_loss`, small and large holes count alike."""
+    return torch.log(distance + 0.02).mean()
 
 
 def feature_matching_loss(of_prediction: Sequence[Tensor], of_image: Sequence[Tensor]) -> Tensor:

@@ -58,27 +58,37 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            alike: dict[tuple[int, int], list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._update(weight, weight.grad, group["lr"], group["momentum"], group["weight_decay"])
+                    alike.setdefault((weight.shape[0], weight[0].numel()), []).append(weight)
+            for (rows, columns), weights in alike.items():
+                self._update(weights, group, max(1.0, rows / columns) ** 0.5)
         return loss
 
-    def _update(self, weight: Tensor, gradient: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
-        state = self.state[weight]
-        if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        mean = state["momentum"].lerp_(gradient, 1 - momentum)
-        rows, columns = weight.shape[0], weight[0].numel()
-        change = orthogonalized(gradient.lerp(mean, momentum).flatten(1)).reshape(weight.shape)
-        weight.mul_(1 - lr * weight_decay)
-        weight.add_(change, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+    def _update(self, weights: list[Tensor], group: dict[str, Any], scale: float) -> None:
+        """Update weights whose matrices have one shape: together, for a GPU is idle with one at a time."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        means = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, means, group["momentum"])
+        changes = orthogonalized(torch.stack([matrix.flatten(1) for matrix in ahead]))
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        steps = [change.reshape(weight.shape) for change, weight in zip(changes, weights, strict=True)]
+        torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)
 
 
 def orthogonalized(x: Tensor) -> Tensor:
-    """Return the matrix near U V^T for x = U S V^T, by five Newton-Schulz steps; the factors are Jordan's."""
-    turned: Tensor = x.T if x.shape[0] > x.shape[1] else x
-    y: Tensor = turned / turned.norm().clamp(min=1e-7)
+    """Return the matrix near U V^T for x = U S V^T, by five Newton-Schulz steps, or that of each of a stack.
+
+    The factors are Jordan's.
+    """
+    turned: Tensor = x.mT if x.shape[-2] > x.shape[-1] else x
+    y: Tensor = turned / turned.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = y @ y.T
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
-    return y.T if turned is not x else y
+        gram = y @ y.mT
+        y = 3.4445 * y + (2.0315 * (gram @ gram) - 4.7750 * gram) @ y
+    return y.mT if turned is not x else y

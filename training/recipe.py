@@ -33,6 +33,9 @@ class TrainingConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     seed: int = 0
     steps: int = 450_000
+    seconds: float = 0.0
+    """If not 0, the run ends after this time of training, where that is before `steps`, and the rate's schedule is the
+    clock's: for machines that are lent by the minute. Such a run cannot be repeated to the digit."""
     batch: int = 8
     """Samples per step, over all processes and accumulated passes."""
     accumulate: int = 1
@@ -60,6 +63,13 @@ class TrainingConfig:
     perceptual: float = 0.1
     style: float = 250.0
     feature_matching: float = 0.0
+    distance: float = 0.0
+    """Logarithm of the finished picture's feature distance to the truth (`efficientnet.py`), sample by sample."""
+    hole_patches: bool = False
+    """The discriminator judges finished pictures, and takes only patches that the hole touches for false."""
+    adversarial_from: float = 0.0
+    """The share of the run after which the discriminator, and with it feature matching, begins."""
+    discriminator_width: int = 64
 
     optimizer: str = "adamw"
     """adamw, or muon for the weights and adamw for the biases (`optimizers.py`)."""
@@ -110,7 +120,18 @@ class TrainingConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every loss of the generator, by name."""
-        names = ("l1", "hole", "psnr", "ssim", "known", "adversarial", "perceptual", "style", "feature_matching")
+        names = (
+            "l1",
+            "hole",
+            "psnr",
+            "ssim",
+            "known",
+            "adversarial",
+            "perceptual",
+            "style",
+            "feature_matching",
+            "distance",
+        )
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -118,11 +139,15 @@ class TrainingConfig:
         """Whether VGG-19's features are compared."""
         return self.perceptual > 0 or self.style > 0
 
-    def rate(self, step: int) -> float:
-        """Return the generator's learning rate for step `step`, counted from 0."""
+    def progress(self, step: int, elapsed_s: float = 0.0) -> float:
+        """Return the share of the run that lies behind step `step`, counted from 0, and so many seconds of training."""
+        return max(step / self.steps, elapsed_s / self.seconds if self.seconds else 0.0)
+
+    def rate(self, step: int, elapsed_s: float = 0.0) -> float:
+        """Return the generator's learning rate for step `step`, counted from 0, after so many seconds of training."""
         rate = self.learning_rate * min(1.0, (step + 1) / (self.warm_up + 1))
         if self.schedule == "cosine":
-            rate *= 0.5 + 0.5 * math.cos(math.pi * min(step / self.steps, 1.0))
+            rate *= 0.5 + 0.5 * math.cos(math.pi * min(self.progress(step, elapsed_s), 1.0))
         return rate
 
     def without_vgg(self) -> TrainingConfig:
@@ -172,5 +197,33 @@ RECIPES: dict[str, TrainingConfig] = {
         warm_up=40,
         ema_decay=0.998,
     ),
+    "looks": TrainingConfig(
+        steps=40_000,
+        batch=16,
+        crop=224,
+        zoom_out=1.25,
+        shuffle_colors=True,
+        l1=0.0,
+        psnr=0.3,
+        ssim=0.15,
+        adversarial=0.1,
+        adversarial_kind="hinge",
+        hole_patches=True,
+        feature_matching=20.0,
+        distance=0.5,
+        perceptual=0.0,
+        style=0.0,
+        adversarial_from=0.05,
+        discriminator_width=48,
+        optimizer="muon",
+        learning_rate=4e-3,
+        betas=(0.5, 0.99),
+        discriminator_rate=0.05,
+        clip=1.0,
+        schedule="cosine",
+        warm_up=40,
+        ema_decay=0.998,
+    ),
 }
-"""`paper`: Places2 or CelebA, days on a GPU. `fidelity`: no adversary, PSNR and SSIM first, for misf-small."""
+"""`paper`: Places2 or CelebA, days on a GPU. `fidelity`: no adversary, PSNR and SSIM first.
+`looks`: fidelity, then sharp fills; of the shipped misf-small."""

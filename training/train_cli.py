@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .dataset import TrainingSamples
+    from .efficientnet import FeatureDistance
     from .losses import Vgg19
+    from .resident import ResidentSamples
     from .run_files import RunFolder
 
 log = logging.getLogger(__name__)
@@ -29,10 +33,13 @@ EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
 """Options of a run that --resume takes up, unless they are given anew."""
-ANY_TIME = ("output", "resume", "device", "workers", *PACE)
+ANY_TIME = ("output", "resume", "device", "workers", "stop_after", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
+PLAIN = ("invert_mask", "mask_threshold", "official", "precision", "resident", "perceptual_backbone")
+"""Options that run.json keeps as they are."""
+STARTED = time.monotonic()
 
 
 @command("misf-train")
@@ -49,6 +56,13 @@ PATHS = ("data", "val", "init_from", "vgg19")
 @click.option("--init-from", type=FILE, help="Checkpoint to start from; its network replaces --config.")
 @click.option("--official", is_flag=True, help="--init-from is a generator file of the official MISF repository.")
 @click.option("--vgg19", type=click.Path(path_type=Path), help="torchvision's VGG-19 weights, for the paper's losses.")
+@click.option(
+    "--perceptual-backbone",
+    metavar="NAME|FILE",
+    default="lite0",
+    show_default=True,
+    help="EfficientNet of the recipe's feature distance: lite0 (extra `looks`), or the package's file.",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Steps in all.  [default: the recipe's]")
 @click.option("--batch", type=click.IntRange(min=1), help="Pictures per step, over all processes.")
 @click.option("--accumulate", type=click.IntRange(min=1), help="Work a batch off in so many passes, for less memory.")
@@ -67,6 +81,12 @@ PATHS = ("data", "val", "init_from", "vgg19")
 )
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load pictures."
+)
+@click.option(
+    "--resident", type=click.IntRange(min=1), metavar="MASKS", help="Keep all pictures and so many masks on the device."
+)
+@click.option(
+    "--stop-after", type=click.IntRange(min=1), metavar="SECONDS", help="Save and stop then; --resume goes on."
 )
 @click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between numbers.")
 @click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between states.")
@@ -91,7 +111,7 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     if resume:
         _refuse_changes()
         settings = folder.read_settings()
-        needed = {"recipe", *PATHS, "masks", "invert_mask", "mask_threshold", "official", "precision", *PACE}
+        needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
                 f"{folder.settings} is damaged, or another version's: it lacks {', '.join(sorted(lacking))}"
@@ -134,10 +154,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
         "recipe": json.loads(recipe.to_json()),
         **{name: options[name] and str(options[name].resolve()) for name in PATHS},
         "masks": options["masks"] if options["masks"] == "random" else str(Path(options["masks"]).resolve()),
-        "invert_mask": options["invert_mask"],
-        "mask_threshold": options["mask_threshold"],
-        "official": options["official"],
-        **{name: options[name] for name in ("precision", *PACE)},
+        **{name: options[name] for name in (*PLAIN, *PACE)},
     }
 
 
@@ -204,16 +221,24 @@ def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
 def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
     import json
 
+    from .dataset import TrainingSamples
     from .trainer import Trainer, make_fabric, train
 
     recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
     fabric = make_fabric(options["device"], {"fp32": "32-true", "bf16": "bf16-mixed"}[settings["precision"]])
     if not fabric.is_global_zero:
         logging.getLogger("misf").setLevel(logging.ERROR)
-    samples = _samples(settings, recipe)
-    trainer = Trainer(recipe, fabric, vgg=_vgg(settings, recipe), weights=_weights(settings))
+    samples = _samples(settings, recipe, fabric.device, options["workers"])
+    trainer = Trainer(
+        recipe,
+        fabric,
+        vgg=_vgg(settings, recipe),
+        distance=_feature_distance(settings, recipe),
+        weights=_weights(settings),
+    )
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
-    samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
+    if isinstance(samples, TrainingSamples):
+        samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
     state = folder.read_state() if resume else None
     if state is not None:
         trainer.load_state(state)
@@ -222,7 +247,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     parameters = sum(parameter.numel() for parameter in trainer.average.parameters())
     log.info(
         "%.2f M parameters, %d pictures, %s x %d, from step %d to %d",
-        *(parameters / 1e6, len(samples.pictures), fabric.device, fabric.world_size, trainer.step, recipe.steps),
+        *(parameters / 1e6, len(samples), fabric.device, fabric.world_size, trainer.step, recipe.steps),
     )
     with progress("steps", recipe.steps, trainer.step, lines=fabric.is_global_zero) as step:
         train(
@@ -233,6 +258,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             log_every=options["log_every"],
             save_every=options["save_every"],
             picture_every=options["picture_every"],
+            stop_at=STARTED + options["stop_after"] if options["stop_after"] else math.inf,
             cases=cases,
             progress=lambda done, text: step(done, text=text),
         )
@@ -242,7 +268,9 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         click.echo(folder.weights)
 
 
-def _samples(settings: dict[str, Any], recipe: TrainingConfig) -> TrainingSamples:
+def _samples(
+    settings: dict[str, Any], recipe: TrainingConfig, device: Any, workers: int
+) -> TrainingSamples | ResidentSamples:
     from .dataset import MaskSource, Pictures, TrainingSamples, picture_paths
     from .mask_drawing import MaskFolder, RandomMasks
 
@@ -253,6 +281,20 @@ def _samples(settings: dict[str, Any], recipe: TrainingConfig) -> TrainingSample
         )
     pictures = Pictures(picture_paths(settings["data"]))
     pictures.preload()
+    if settings["resident"]:
+        from .resident import ResidentSamples
+
+        return ResidentSamples(
+            pictures,
+            masks,
+            stock=settings["resident"],
+            crop=recipe.crop,
+            seed=recipe.seed,
+            zoom_out=recipe.zoom_out,
+            shuffle_colors=recipe.shuffle_colors,
+            device=device,
+            workers=workers,
+        )
     return TrainingSamples(
         pictures,
         masks,
@@ -270,6 +312,14 @@ def _vgg(settings: dict[str, Any], recipe: TrainingConfig) -> Vgg19 | None:
     from .losses import load_vgg19
 
     return load_vgg19(settings["vgg19"])
+
+
+def _feature_distance(settings: dict[str, Any], recipe: TrainingConfig) -> FeatureDistance | None:
+    if not recipe.distance:
+        return None
+    from .efficientnet import load_feature_distance
+
+    return load_feature_distance(settings["perceptual_backbone"])
 
 
 def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:

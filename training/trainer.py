@@ -26,10 +26,12 @@ from ..plugins.shared.errors import EnvironmentMismatch, MisfError
 from . import losses
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
+from .efficientnet import FeatureDistance
 from .model.checkpoint import save_checkpoint
 from .model.network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
+from .resident import ResidentSamples
 from .run_files import RunFolder, RunLog
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
     if device == "cuda" and not torch.cuda.is_available():
         hint = "leave it out, or install a CUDA build"
         raise EnvironmentMismatch(f"--device cuda: no NVIDIA GPU that this PyTorch can use; {hint}")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32: Muon's products need no more
+        torch.backends.cudnn.benchmark = True  # every batch has one size
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     fabric = Fabric(
@@ -103,6 +108,7 @@ class Trainer:
         config: the recipe.
         fabric: from `make_fabric`.
         vgg: frozen VGG-19, when the recipe compares its features.
+        distance: the feature distance, when the recipe has it.
         weights: what the generator starts from, instead of random weights.
 
     """
@@ -113,11 +119,15 @@ class Trainer:
         fabric: Fabric,
         *,
         vgg: losses.Vgg19 | None = None,
+        distance: FeatureDistance | None = None,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
+        if config.distance and distance is None:
+            raise MisfError("the recipe has a feature distance: give --perceptual-backbone")
         self.config, self.fabric, self.step = config, fabric, 0
+        self.elapsed_s = 0.0
         # On CPUs channels-last makes the wide convolutions' backward slower (AVX2) or gains nothing (AVX-512).
         on_gpu = fabric.device.type == "cuda"
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format
@@ -133,10 +143,11 @@ class Trainer:
         self.generator, *wrapped = fabric.setup(network, *(optimizer for optimizer, _ in optimizers))
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
+        self.distance = None if distance is None else fabric.to_device(distance.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
         self.discriminator_optimizer: Any = None
         if config.adversarial:
-            judge = PatchDiscriminator().to(memory_format=self.layout)  # type: ignore[call-overload]
+            judge = PatchDiscriminator(config.discriminator_width).to(memory_format=self.layout)  # type: ignore[call-overload]
             rate = config.learning_rate * config.discriminator_rate
             judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas, fused=True)
             self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
@@ -149,15 +160,19 @@ class Trainer:
         """
         if self.fabric.world_size == 1 or not torch.distributed.is_initialized():
             return
-        del self.generator, self.network, self.average, self.optimizers, self.vgg
+        del self.generator, self.network, self.average, self.optimizers, self.vgg, self.distance
         del self.discriminator, self.discriminator_optimizer
         gc.collect()
         self.fabric.barrier()
         torch.distributed.destroy_process_group()
 
-    def batches(self, samples: TrainingSamples, workers: int = 0) -> Iterator[Batch]:
+    def batches(self, samples: TrainingSamples | ResidentSamples, workers: int = 0) -> Iterator[Batch]:
         """Yield this process's part of every batch from the present step on, one per accumulated pass."""
         sampler = StepSampler(self.config, self.step, self.fabric.global_rank, self.fabric.world_size)
+        if isinstance(samples, ResidentSamples):
+            for image, mask in samples.batches(self.step * self.config.accumulate, sampler.part):
+                yield image.contiguous(memory_format=self.layout), mask
+            return
         loader = DataLoader(
             samples,
             batch_size=sampler.part,
@@ -174,7 +189,7 @@ class Trainer:
         """Make one step of both networks on the next `accumulate` batches; return its losses, as yet unread."""
         config = self.config
         for optimizer, share in self._every_optimizer():
-            optimizer.param_groups[0]["lr"] = config.rate(self.step) * share
+            optimizer.param_groups[0]["lr"] = config.rate(self.step, self.elapsed_s) * share
             optimizer.zero_grad(set_to_none=True)
         totals: Numbers = {}
         for turn in range(config.accumulate):
@@ -189,6 +204,17 @@ class Trainer:
         self._update_average()
         return totals
 
+    @property
+    def finished(self) -> bool:
+        """Whether the recipe's last step or second lies behind."""
+        return self.config.progress(self.step, self.elapsed_s) >= 1
+
+    @property
+    def _judging(self) -> bool:
+        """Whether the discriminator takes part by now."""
+        begun = self.config.progress(self.step, self.elapsed_s) >= self.config.adversarial_from
+        return self.discriminator is not None and begun
+
     def _every_optimizer(self) -> Iterator[tuple[Any, float]]:
         """Yield each optimizer with its share of the learning rate."""
         yield from self.optimizers
@@ -202,23 +228,34 @@ class Trainer:
             prediction = self.generator(image, mask)
             found: Numbers = {}
             real_features = None
-            if self.discriminator is not None:
-                found["discriminator"], real_features = self._judge(prediction.detach(), image, share, last)
+            if self._judging:
+                found["discriminator"], real_features = self._judge(prediction.detach(), image, mask, share, last)
             terms = self._generator_terms(prediction, image, mask, real_features)
             weights = self.config.weights
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
             self.fabric.backward(total * share)
         return {**found, **terms, "total": total}
 
-    def _judge(self, fake: Tensor, image: Tensor, share: float, last: bool) -> tuple[Tensor, list[Tensor]]:
+    def _judge(
+        self, fake: Tensor, image: Tensor, mask: Tensor, share: float, last: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """Add the discriminator's gradients, true and predicted in one batch; return its loss, features of the true."""
         with self._no_sync(self.discriminator, not last):
-            scores, features = self.discriminator(torch.cat([image, fake]))
+            scores, features = self.discriminator(torch.cat([image, self._judged(fake, image, mask)]))
             of_image, of_fake = scores.chunk(2)
-            kind = self.config.adversarial_kind
-            loss = losses.adversarial_loss(of_image, True, kind) + losses.adversarial_loss(of_fake, False, kind)
+            kind, where = self.config.adversarial_kind, self._patches(of_fake, mask)
+            loss = losses.adversarial_loss(of_image, True, kind)
+            loss = loss + losses.adversarial_loss(of_fake, False, kind, where=where)
             self.fabric.backward(loss / 2 * share)
         return loss / 2, [layer.chunk(2)[0].detach() for layer in features]
+
+    def _judged(self, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+        """Return what the discriminator gets to see: the finished picture, or all that the generator made."""
+        return composite(image, prediction, mask) if self.config.hole_patches else prediction
+
+    def _patches(self, scores: Tensor, mask: Tensor) -> Tensor | None:
+        """Return which of the scores count for predictions, None for all."""
+        return losses.touched_patches(mask, scores.shape[2:]) if self.config.hole_patches else None  # type: ignore[arg-type]
 
     def _generator_terms(
         self,
@@ -243,7 +280,11 @@ class Trainer:
         if config.known:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
-            terms |= self._passing_for_real(prediction, real_features)
+            terms |= self._passing_for_real(prediction, image, mask, real_features)
+        if self.distance is not None:
+            with self.fabric.autocast():
+                distance = self.distance(image, composite(image, prediction, mask))
+            terms["distance"] = losses.feature_distance_loss(distance)
         if self.vgg is not None:
             with self.fabric.autocast():
                 with torch.no_grad():
@@ -253,7 +294,9 @@ class Trainer:
             terms["style"] = losses.style_loss(of_prediction, of_image)
         return terms
 
-    def _passing_for_real(self, prediction: Tensor, real_features: list[Tensor]) -> Numbers:
+    def _passing_for_real(
+        self, prediction: Tensor, image: Tensor, mask: Tensor, real_features: list[Tensor]
+    ) -> Numbers:
         """Return the losses that the discriminator gives the generator; only the prediction gets gradients.
 
         The bare module: under DDP its wrapper would wait for gradients. In eval mode its weights' norms stand still.
@@ -261,10 +304,10 @@ class Trainer:
         judge = self.discriminator.module
         judge.eval().requires_grad_(False)
         with self.fabric.autocast():
-            scores, features = judge(prediction)
+            scores, features = judge(self._judged(prediction, image, mask))
         judge.train().requires_grad_(True)
-        kind = self.config.adversarial_kind
-        terms = {"adversarial": losses.adversarial_loss(scores, True, kind, for_generator=True)}
+        kind, where = self.config.adversarial_kind, self._patches(scores, mask)
+        terms = {"adversarial": losses.adversarial_loss(scores, True, kind, for_generator=True, where=where)}
         if self.config.feature_matching:
             terms["feature_matching"] = losses.feature_matching_loss(features, real_features)
         return terms
@@ -287,6 +330,7 @@ class Trainer:
         state = {
             "config": self.config.to_json(),
             "step": self.step,
+            "elapsed_s": self.elapsed_s,
             "generator": self.generator.module.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
@@ -301,7 +345,7 @@ class Trainer:
         """Go on from what `state` returned, of a run with the same recipe."""
         if TrainingConfig.from_json(state["config"]) != self.config:
             raise ValueError("the state belongs to a run with another recipe")
-        self.step = state["step"]
+        self.step, self.elapsed_s = state["step"], state.get("elapsed_s", 0.0)
         self.generator.module.load_state_dict(state["generator"])
         self.average.load_state_dict(state["average"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -340,13 +384,14 @@ class Trainer:
 
 def train(
     trainer: Trainer,
-    samples: TrainingSamples,
+    samples: TrainingSamples | ResidentSamples,
     folder: RunFolder,
     *,
     workers: int = 0,
     log_every: int = 50,
     save_every: int = 500,
     picture_every: int = 1000,
+    stop_at: float = math.inf,
     cases: list[Batch] | None = None,
     progress: Callable[[int, str], None] = lambda _step, _text: None,
 ) -> None:
@@ -358,6 +403,7 @@ def train(
         folder: written by the first process only.
         workers: processes that prepare samples.
         log_every, save_every, picture_every: in steps.
+        stop_at: when to save the state and return, by `time.monotonic`, if the run has not ended before.
         cases: what to validate on whenever the state is saved.
         progress: called after every step with the step's number and a short text.
 
@@ -369,10 +415,13 @@ def train(
     best = _best_so_far(folder) if first else math.inf
     batches, started, text = trainer.batches(samples, workers), time.perf_counter(), ""
     since = trainer.step
-    while trainer.step < config.steps:
+    clock = time.monotonic()
+    last = trainer.finished
+    while not last:
         numbers = trainer.train_step(batches)
-        step = trainer.step
-        last = step == config.steps
+        step, now = trainer.step, time.monotonic()
+        trainer.elapsed_s, clock = trainer.elapsed_s + now - clock, now
+        last = trainer.finished or now >= stop_at
         saving = step % save_every == 0 or last
         if saving or step % log_every == 0:
             values = _read(trainer.fabric, numbers)
@@ -385,7 +434,7 @@ def train(
             started, since = now, step
             text = f"loss {values['total']:.4g}, {images_per_s:.1f} images/s"
             if book is not None:
-                rate = config.rate(step - 1)
+                rate = config.rate(step - 1, trainer.elapsed_s)
                 book.numbers(step, {**values, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
                 log.debug("step %d: %s", step, text)
         if saving:  # the state last: a run that is killed before it does all of this again
@@ -405,7 +454,9 @@ def train(
     trainer.fabric.barrier()
 
 
-def _stacked(samples: TrainingSamples, count: int) -> Batch:
+def _stacked(samples: TrainingSamples | ResidentSamples, count: int) -> Batch:
+    if isinstance(samples, ResidentSamples):
+        return samples.batch(0, count)
     pairs = [samples.sample(index) for index in range(count)]
     return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
 

@@ -168,7 +168,7 @@ def test_the_benchmark_counts_bytes_and_checks_results(benchmark: Any, monkeypat
 def test_kernels_agree_with_the_cpu(dtype: torch.dtype) -> None:
     from .triton_check import CASES, check
 
-    for case in CASES + GPU_CASES if dtype == torch.float32 else GPU_CASES[:3]:
+    for case in [*CASES, *GPU_CASES] if dtype == torch.float32 else GPU_CASES[:3]:
         check(case, dtype, "cuda")
 
 

@@ -44,20 +44,25 @@ class NetworkConfig:
     scale: int = 1
     """The layers work at 1/scale of the resolution, where a picture costs scale^2 less, and correct the smooth fill."""
 
+    detail: int = 0
+    """Channels at full resolution of the head that adds detail there (`network.Detail`); 0: no head."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
         integers = [self.width, self.prediction_width, self.prediction_convs, self.share, *self.residual_dilations]
-        integers += [self.kernel_size, self.scale, self.feature_filter_level]
+        integers += [self.kernel_size, self.scale, self.feature_filter_level, self.detail]
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in integers):
             raise ValueError(f"NetworkConfig takes whole numbers, got {self}")
         if not all(isinstance(value, bool) for value in (self.image_filter, self.normalize, self.fill_first)):
             raise ValueError(f"image_filter, normalize and fill_first are true or false, got {self}")
-        if min(integers[:-1]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
+        if min(integers[:-2]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
             raise ValueError(f"NetworkConfig sizes must be within 1..1024 (64 residual blocks), got {self}")
         if self.kernel_size % 2 == 0 or self.kernel_size > 15:
             raise ValueError(f"kernel_size must be odd and at most 15, got {self.kernel_size}")
         if self.scale not in (1, 2, 4) or (self.scale > 1 and not self.fill_first):
             raise ValueError(f"scale must be 1, or with fill_first 2 or 4, got {self.scale}")
+        if self.detail < 0 or (self.detail and self.scale != 4):
+            raise ValueError(f"detail must be 0, or at least 1 with scale 4, got {self.detail} with scale {self.scale}")
         if self.feature_filter_level not in (0, 1, 2, 3):
             raise ValueError(f"feature_filter_level must be 0, 1, 2 or 3, got {self.feature_filter_level}")
         if self.feature_filter_level and self.filtered_channels * self.kernel_size**2 % self.share:
@@ -133,6 +138,16 @@ PRESETS: dict[str, NetworkConfig] = {
         normalize=False,
         fill_first=True,
         scale=4,
+    ),
+    "misf-looks": NetworkConfig(
+        width=32,
+        prediction_width=8,
+        prediction_convs=2,
+        residual_dilations=(2, 4, 8),
+        normalize=False,
+        fill_first=True,
+        scale=4,
+        detail=16,
     ),
     "misf-tiny": NetworkConfig(width=8, prediction_width=8, prediction_convs=1, residual_dilations=(2, 2)),
 }

@@ -7,6 +7,9 @@ makes both sets of taps, looking at the filtering branch's features on its way (
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,9 +50,9 @@ def norm_in_layout(x: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two reflect-padded 3x3 convolutions, with instance norm if `normalize`, added to the input."""
 
-    def __init__(self, channels: int, dilation: int, normalize: bool = True) -> None:
+    def __init__(self, channels: int, dilation: int, normalize: bool = True, slope: float = 0.0) -> None:
         super().__init__()
-        self.dilation = dilation
+        self.dilation, self.slope = dilation, slope
         self.norm = InstanceNorm() if normalize else nn.Identity()
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
         self.conv2 = nn.Conv2d(channels, channels, 3)
@@ -57,9 +60,18 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
         y = self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect"))
-        y = self.conv2(F.pad(F.relu(self.norm(y)), (1, 1, 1, 1), mode="reflect"))
+        y = self.conv2(F.pad(_rectified(self.norm(y), self.slope), (1, 1, 1, 1), mode="reflect"))
         result: Tensor = x + self.norm(y)
         return result
+
+
+LEAK = 0.2
+"""Slope below 0 of what stands for ReLU in networks with a detail head, whose layers fell silent with ReLU: the first
+thing that training learns about a smooth fill is that noise on it is bad."""
+
+
+def _rectified(x: Tensor, slope: float) -> Tensor:
+    return F.leaky_relu(x, slope) if slope else F.relu(x)
 
 
 class ConvBlock(nn.Sequential):
@@ -126,22 +138,23 @@ class InpaintingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.norm = InstanceNorm() if config.normalize else nn.Identity()
+        self.slope = LEAK if config.detail else 0.0
         width = config.width
-        self.stem = nn.Conv2d(4, width, 7)
+        inputs, window = (5, 3) if config.detail else (4, 7)
+        self.stem = nn.Conv2d(inputs, width, window)
         self.down = nn.ModuleList(
             [nn.Conv2d(width, 2 * width, 4, 2, padding=1), nn.Conv2d(2 * width, 4 * width, 4, 2, padding=1)]
         )
         self.middle = nn.Sequential(
-            *(ResidualBlock(4 * width, dilation, config.normalize) for dilation in config.residual_dilations)
+            *(
+                ResidualBlock(4 * width, dilation, config.normalize, self.slope)
+                for dilation in config.residual_dilations
+            )
         )
-        self.up = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, padding=1),
-                nn.ConvTranspose2d(2 * width, width, 4, 2, padding=1),
-            ]
-        )
-        self.head = nn.Conv2d(width, 3, 7)
-        self.edges = EdgeContinuation() if config.fill_first else None
+        self.up = nn.ModuleList([_doubling(4 * width, config), _doubling(2 * width, config)])
+        self.head = nn.Conv2d(width, 3, window)
+        self.edges = EdgeContinuation() if config.fill_first and not config.detail else None
+        self.detail = Detail(width, config.detail) if config.detail else None
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
@@ -165,24 +178,48 @@ class InpaintingNetwork(nn.Module):
         """
         scale = self.config.scale
         if not self.config.fill_first:
-            return (torch.tanh(self.filtered(x)) + 1) / 2
+            return (torch.tanh(self.filtered(x)[0]) + 1) / 2
+        if self.detail is not None:
+            return self._detailed(x)
         assert self.edges is not None
         filled = smooth_fill(x)
         y = torch.cat([filled, x[:, 3:]], dim=1)
         if scale > 1:
             y = F.avg_pool2d(y, scale)
         # What the layers change in the filled picture; zero at the start of training.
-        change = self.filtered(y, y[:, :3]) - y[:, :3]
+        change = self.filtered(y, y[:, :3])[0] - y[:, :3]
         continued: Tensor = self.edges(x, filled + _enlarge(change, scale))
         return continued.clamp(0, 1)
 
-    def filtered(self, x: Tensor, base: Tensor | None = None) -> Tensor:
-        """Return what both branches make of N,4,h,w: the picture N,3,h,w, from decoder and `base`, after its filter."""
+    def _detailed(self, x: Tensor) -> Tensor:
+        """Return the picture of a network with a detail head.
+
+        The branches work at a quarter of the resolution on a smooth fill of the hole. Known pixels correct what comes
+        of it at half and at full resolution, and the head adds what only full resolution can show.
+        """
+        assert self.detail is not None
+        with _full_precision(x):
+            known = _shrunken(x, 2)
+            quarter = _completed(known[2], coarse_fill(known[2]))
+        picture, features = self.filtered(self.detail.with_noise(quarter), quarter[:, :3])
+        with _full_precision(x):
+            estimate = _near_known(known[1], _enlarge(picture.float(), 2), _PRIOR, twice=True)
+            half = _completed(known[1], estimate)
+            full = _completed(known[0], _near_known(known[0], _enlarge(estimate, 2), _EDGE_PRIOR))
+        detailed: Tensor = full[:, :3] + self.detail(features, half, full)
+        return detailed.clamp(0, 1)
+
+    def filtered(self, x: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what both branches make of N,4,h,w, or N,5,h,w with noise.
+
+        The picture N,3,h,w, from decoder and `base`, after its filter; and the decoder's features N,width,h,w.
+        """
         config = self.config
-        features, seen = F.relu(self.norm(self.stem(_reflect_border(x)))), [x]
+        features = _rectified(self.norm(self.stem(_reflect_border(x, self.stem))), self.slope)
+        seen = [x[:, :4] if config.detail else x]  # without noise
         for level in (1, 2, 3):
             if level > 1:
-                features = F.relu(self.norm(self.down[level - 2](features)))
+                features = _rectified(self.norm(self.down[level - 2](features)), self.slope)
             if self.prediction is None or level > config.prediction_levels:
                 continue
             y = self.prediction.down[level - 1](seen[-1] if level == 1 else F.avg_pool2d(seen[-1], 2))
@@ -192,17 +229,28 @@ class InpaintingNetwork(nn.Module):
                 features = dynamic_filter(features, taps, config.kernel_size, config.share)
         features = self.middle(features)
         for layer in self.up:
-            features = F.relu(self.norm(layer(features)))
-        picture: Tensor = self.head(_reflect_border(features))
+            features = _rectified(self.norm(layer(features)), self.slope)
+        picture: Tensor = self.head(_reflect_border(features, self.head))
         if base is not None:
             picture = picture + base
         if self.prediction is not None and config.image_filter:
             picture = dynamic_filter(picture, self.prediction.image_filter_taps(*seen[1:]), config.kernel_size)
-        return picture
+        return picture, features
 
 
-def _reflect_border(x: Tensor) -> Tensor:
-    return F.pad(x, (3, 3, 3, 3), mode="reflect")
+def _doubling(channels: int, config: NetworkConfig) -> nn.Module:
+    """Return what makes N,C/2,2H,2W of N,C,H,W; in front of a detail head without a transposed convolution's grid."""
+    if not config.detail:
+        return nn.ConvTranspose2d(channels, channels // 2, 4, 2, padding=1)
+    return nn.Sequential(
+        nn.Conv2d(channels, channels // 2, 3, padding=1),
+        nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False),
+    )
+
+
+def _reflect_border(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Return x continued by reflection, so that `conv` keeps its size."""
+    return F.pad(x, (conv.kernel_size[0] // 2,) * 4, mode="reflect")
 
 
 def network_input(image: Tensor, mask: Tensor) -> Tensor:
@@ -217,34 +265,127 @@ def smooth_fill(x: Tensor) -> Tensor:
     Normalised convolution: every scale averages the known pixels within its reach, and keeps the wider scale's
     estimate where it sees few of them. Wide scales work on a smaller picture. H and W must be multiples of 16.
     """
-    known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)
-    mean = known.mean(dim=(2, 3), keepdim=True)
-    estimate = (mean[:, :3] + 0.5 * _LITTLE) / (mean[:, 3:] + _LITTLE)
-    shrunk = [known]
-    for _ in _FILL_SIZES[1:]:
-        shrunk.append(F.avg_pool2d(shrunk[-1], 2))
-    for sizes in _FILL_SIZES:
-        smaller = shrunk.pop()
-        for size in sizes:
-            nearby = _box(_box(smaller, size), size)  # two boxes make a tent: no visible edges
-            estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
-        if shrunk:
-            estimate = _enlarge(estimate, 2)
-    nearby = _box(known, 3)  # the hole's outermost pixels follow their neighbours
-    estimate = (nearby[:, :3] + _EDGE_PRIOR * estimate) / (nearby[:, 3:] + _EDGE_PRIOR)
+    known = _shrunken(x, 2)
+    estimate = coarse_fill(known[2])
+    for nearby in (known[1], known[0]):
+        estimate = _near_known(nearby, _enlarge(estimate, 2), _PRIOR, twice=True)
+    estimate = _near_known(known[0], estimate, _EDGE_PRIOR)  # the hole's outermost pixels follow their neighbours
     return x[:, :3] + x[:, 3:] * estimate
 
 
-_FILL_SIZES = ((17, 9, 5, 3), (3,), (3,), (3,), (3,))  # at 1/16, 1/8, 1/4, 1/2 and full resolution
+def coarse_fill(known: Tensor) -> Tensor:
+    """Return the smooth estimate N,3,h,w of a picture from N,4,h,w: known colours, 0 elsewhere, and the known share.
+
+    The scales from a quarter of h and w up; both must be multiples of 4.
+    """
+    mean = known.mean(dim=(2, 3), keepdim=True)
+    estimate = (mean[:, :3] + 0.5 * _LITTLE) / (mean[:, 3:] + _LITTLE)
+    half = F.avg_pool2d(known, 2)
+    quarter = F.avg_pool2d(half, 2)
+    for size in _FILL_SIZES:
+        nearby = _wide_box(_wide_box(quarter, size), size)  # two boxes make a tent: no visible edges
+        estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
+    for nearby in (half, known):
+        estimate = _near_known(nearby, _enlarge(estimate, 2), _PRIOR, twice=True)
+    return estimate
+
+
+_FILL_SIZES = (17, 9, 5, 3)  # of the boxes at the smallest scale; at the others 3
 _PRIOR, _EDGE_PRIOR = 0.02, 0.1  # the wider estimate counts like this share of known pixels
 _LITTLE = 1e-3  # a picture without any known pixel becomes grey
 
 
-def _box(x: Tensor, size: int) -> Tensor:
-    if size == 3:
-        return F.avg_pool2d(x, 3, stride=1, padding=1)
+def _shrunken(x: Tensor, times: int) -> list[Tensor]:
+    """Return N,4,H,W of known colours, 0 in holes, and the known share, at full resolution and `times` halved."""
+    known = [torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)]
+    for _ in range(times):
+        known.append(F.avg_pool2d(known[-1], 2))
+    return known
+
+
+def _completed(known: Tensor, estimate: Tensor) -> Tensor:
+    """Return N,4,H,W: the picture, known colours where there are any and else `estimate` N,3,H,W, and the mask."""
+    mask = 1 - known[:, 3:]
+    return torch.cat([known[:, :3] + mask * estimate, mask], dim=1)
+
+
+def _near_known(known: Tensor, estimate: Tensor, prior: float, twice: bool = False) -> Tensor:
+    """Return `estimate` N,3,H,W drawn to the mean of the known pixels (N,4,H,W) in 3x3, or in a tent of 5x5."""
+    nearby = _box(_box(known)) if twice else _box(known)
+    result: Tensor = (nearby[:, :3] + prior * estimate) / (nearby[:, 3:] + prior)
+    return result
+
+
+def _box(x: Tensor) -> Tensor:
+    """Return the means of N,4,H,W over 3x3, 0 beyond the border: a convolution, which is what runtimes are fast at."""
+    weight = torch.eye(4, dtype=x.dtype, device=x.device)[:, :, None, None].expand(4, 4, 3, 3) / 9
+    return F.conv2d(x, weight, padding=1)
+
+
+def _wide_box(x: Tensor, size: int) -> Tensor:
     x = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0))
     return F.avg_pool2d(x, (1, size), stride=1, padding=(0, size // 2))
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast; none where there is no autocast, for the exporter would make it a subgraph."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class Detail(nn.Module):
+    """The head that adds detail at full resolution; its features come from a quarter, by way of half, of it.
+
+    At half and full resolution it sees the picture as filled so far, the mask and a plane of noise, which is always
+    the same: what the surroundings say nothing about must come from somewhere. Nothing here works on blocks of pixels
+    (no strided or transposed convolution, no pixel shuffle), which would paint a grid into large holes.
+    """
+
+    NOISE = 128
+    """The plane repeats itself after so many pixels."""
+
+    noise: Tensor
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.at_quarter = nn.Conv2d(width, channels, 3, padding=1)
+        self.at_half = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.half_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
+        self.full_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
+        self.at_full = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = nn.Conv2d(channels, 3, 1)
+        self.register_buffer("noise", _noise(self.NOISE), persistent=False)
+
+    def with_noise(self, x: Tensor) -> Tensor:
+        """Return N,C+1,H,W: any N,C,H,W beside the plane."""
+        rows, columns = (torch.arange(side, device=x.device) % self.NOISE for side in x.shape[2:])
+        plane = self.noise.index_select(2, rows).index_select(3, columns)
+        return torch.cat([x, plane + torch.zeros_like(x[:, :1])], dim=1)  # `expand` would fix an exported graph's batch
+
+    def forward(self, features: Tensor, half: Tensor, full: Tensor) -> Tensor:
+        """Return what is missing, N,3,H,W.
+
+        Args:
+            features: N,width,H/4,W/4.
+            half, full: N,4,H/2,W/2 and N,4,H,W: the picture as filled so far, and the mask.
+
+        """
+        y = _enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
+        # Sums without a bias, which could silence them, keep ReLU: ONNX Runtime leaves its layout for a leaky one.
+        y = _enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
+        y = F.relu(self.full_view(self.with_noise(full)) + y)
+        result: Tensor = self.last(_rectified(self.at_full(y), LEAK))
+        return result
+
+
+def _noise(side: int) -> Tensor:
+    """Return a plane 1,1,side,side within -1 and 1, the same everywhere and for ever: a hash of each pixel's number."""
+    x = torch.arange(1, side * side + 1, dtype=torch.int64, device="cpu")  # not meta, whatever the network is on
+    for shift, factor in ((16, 0x45D9F3B), (15, 0x45D9F3B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    x = x ^ (x >> 16)
+    return (x.double() / 2**31 - 1).float().reshape(1, 1, side, side)
 
 
 class EdgeContinuation(nn.Module):
@@ -268,7 +409,7 @@ class EdgeContinuation(nn.Module):
 
     def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
         """Return N,3,H,W float32 for a network input N,4,H,W and a prediction N,3,H,W, all on one scale of colours."""
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x):
             known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)
             for index in range(len(self.PLANES)):
                 share, rest = self._planes(known, index)
@@ -340,10 +481,13 @@ def initialize(network: InpaintingNetwork) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     config = network.config
     if config.fill_first:
         nn.init.zeros_(network.head.weight)  # noise here would teach the layers below to be silent
+        if network.detail is not None:
+            nn.init.zeros_(network.detail.last.weight)
     else:
         nn.init.xavier_normal_(network.head.weight)
     if not config.normalize:

@@ -1,0 +1,164 @@
+"""Measure how fills look: detail, grids and feature distance beside PSNR and SSIM, per mask band.
+
+Per band, means over the pictures:
+
+- PSNR and SSIM of the composite, as `misf-eval`.
+- Lite2: the feature distance of EfficientNet-Lite2 (training/efficientnet.py), which no recipe trains on.
+- gradient: the differences of neighbouring pixels in the hole, their absolute values added over the band's pictures, as
+  a share of the truth's.
+- grid: how much more of the fill's high frequencies than of the truth's depends on the pixel's place modulo 2, 4 and 8
+  (the largest of the three): near 0 for a fill without a grid.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion, gaussian_filter
+
+from misf.plugins.shared.command import command
+from misf.training.dataset import Pictures, picture_paths
+from misf.training.efficientnet import load_feature_distance
+from misf.training.judging.baselines import PEERS
+from misf.training.judging.evaluate import Case, Method, Picture, cases, model_fill
+from misf.training.mask_drawing import BANDS, Mask, band_name
+
+log = logging.getLogger("misf.benchmarks")
+
+PERIODS = (2, 4, 8)
+TILE = 32  # pixels: a grid's sign may change from place to place
+Plane = NDArray[np.float64]
+
+
+@command("looks.py")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Checkpoint or model file; the first is what the others are compared with; may be repeated.",
+)
+@click.option("--peers", is_flag=True, help="Measure OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic too.")
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
+@click.option("--backbone", default="lite2", show_default=True, help="EfficientNet of the distance, or its file.")
+@click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+def main(models: tuple[Path, ...], peers: bool, data: Path, backbone: str, per_band: int | None, as_json: bool) -> None:
+    """Print the table: centre crops of 256x256, seeded masks.
+
+    \b
+    Example:
+        python benchmarks/looks.py --model old.safetensors --model new.safetensors --peers --data held-out/
+    """
+    methods = [Method(path.parent.name + "/" + path.name, model_fill(path)[0]) for path in models]
+    methods += [Method(name, fill) for name, fill in PEERS.items()] if peers else []
+    distance = _distance(backbone)
+    detail: list[list[dict[str, float]]] = [[] for _ in methods]
+    for case in cases(Pictures(picture_paths(data), cache_bytes=0), per_band=per_band):
+        for method, rows in zip(methods, detail, strict=True):
+            rows.append(_detail(case, method.measure(case, distance)))
+    reports = [_report(method, rows) for method, rows in zip(methods, detail, strict=True)]
+    click.echo(json.dumps(reports, indent=2) if as_json else markdown(reports))
+
+
+def _distance(backbone: str) -> Any:
+    import torch
+
+    network = load_feature_distance(backbone)
+
+    def distance(truth: Picture, result: Picture) -> float:
+        pair = [torch.from_numpy(x.transpose(2, 0, 1)[None].copy()).float() / 255 for x in (truth, result)]
+        with torch.inference_mode():
+            return float(network(*pair))
+
+    return distance
+
+
+def _detail(case: Case, result: Picture) -> dict[str, float]:
+    """Return the sums that gradient energy and grid shares are made of."""
+    found = {}
+    for name, picture in (("fill", result), ("truth", case.truth)):
+        grey = picture.astype(np.float64).mean(axis=2)
+        found[f"gradient_{name}"] = gradient_sum(grey, case.hole)
+        for period in PERIODS:
+            found[f"grid{period}_{name}"] = grid_share(grey, case.hole, period)
+    return found
+
+
+def gradient_sum(grey: Plane, hole: Mask) -> float:
+    """Return the sum over the hole of the absolute differences of neighbours, along and across."""
+    down, across = np.abs(np.diff(grey, axis=0)), np.abs(np.diff(grey, axis=1))
+    return float((down * (hole[1:] & hole[:-1])).sum() + (across * (hole[:, 1:] & hole[:, :-1])).sum())
+
+
+def grid_share(grey: Plane, hole: Mask, period: int) -> float:
+    """Return which share of the energy of high frequencies is that of their means by place modulo `period`.
+
+    In tiles of TILE pixels that lie in the hole for the most part, away from its edges; nan where there is none. Chance
+    alone makes it about period^2 / TILE^2, the same for the truth.
+    """
+    fine = grey - gaussian_filter(grey, 2.0)
+    inside = binary_erosion(hole, iterations=4)
+    energy = explained = 0.0
+    for top in range(0, grey.shape[0] - TILE + 1, TILE):
+        for left in range(0, grey.shape[1] - TILE + 1, TILE):
+            where = inside[top : top + TILE, left : left + TILE]
+            if where.mean() < 0.5:
+                continue
+            tile = np.where(where, fine[top : top + TILE, left : left + TILE], 0.0)
+            sums, counts = _by_place(tile, period), _by_place(where.astype(np.float64), period)
+            energy += float((tile**2).sum())
+            explained += float((sums**2 / np.maximum(counts, 1)).sum() - tile.sum() ** 2 / where.sum())
+    return explained / energy if energy else float("nan")
+
+
+def _by_place(tile: Plane, period: int) -> Plane:
+    folded: Plane = tile.reshape(TILE // period, period, TILE // period, period).sum(axis=(0, 2))
+    return folded
+
+
+def _report(method: Method, rows: list[dict[str, float]]) -> dict[str, Any]:
+    bands = {}
+    for band in BANDS:
+        chosen = [index for index, (_, of) in enumerate(method.labels) if of == band]
+        means = {key: float(np.mean([method.rows[i][key] for i in chosen])) for key in ("psnr_db", "ssim", "lpips")}
+        sums = {key: sum(rows[i][key] for i in chosen) for key in ("gradient_fill", "gradient_truth")}
+        excess = [
+            float(np.nanmean([rows[i][f"grid{period}_fill"] - rows[i][f"grid{period}_truth"] for i in chosen]))
+            for period in PERIODS
+        ]
+        bands[band_name(band)] = {
+            "psnr_db": means["psnr_db"],
+            "ssim": means["ssim"],
+            "lite2": means["lpips"],
+            "gradient": sums["gradient_fill"] / sums["gradient_truth"],
+            "grid": max(excess),
+            "grid_by_period": dict(zip(map(str, PERIODS), excess, strict=True)),
+        }
+    return {"name": method.name, "bands": bands}
+
+
+def markdown(reports: list[dict[str, Any]]) -> str:
+    """Return the table; distances also as their change against the first method, in percent."""
+    lines = ["| hole | | PSNR dB | SSIM | Lite2 | change | gradient | grid |", "| --- | --- " + "| ---: " * 6 + "|"]
+    for band in map(band_name, BANDS):
+        first = reports[0]["bands"][band]
+        for report in reports:
+            row = report["bands"][band]
+            change = 100 * (row["lite2"] / first["lite2"] - 1)
+            lines.append(
+                f"| {band} | {report['name']} | {row['psnr_db']:.2f} | {row['ssim']:.4f} | {row['lite2']:.4f} "
+                f"| {change:+.1f} % | {row['gradient']:.2f} | {row['grid']:+.3f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

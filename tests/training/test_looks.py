@@ -1,0 +1,250 @@
+"""The recipe `looks` and its parts: feature distance, patches, samples on the device, runs by the clock, measures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from misf.plugins.shared.errors import MisfError
+from misf.training import losses
+from misf.training.dataset import Pictures
+from misf.training.efficientnet import load_feature_distance
+from misf.training.mask_drawing import RandomMasks
+from misf.training.recipe import TrainingConfig
+from misf.training.resident import ResidentSamples
+from misf.training.train_cli import main
+
+# Kernel size, stride, inputs, widened channels and outputs of lite0's first blocks, as the package's file has them.
+LITE0 = [
+    (3, 1, 32, 32, 16),
+    (3, 2, 16, 96, 24),
+    (3, 1, 24, 144, 24),
+    (5, 2, 24, 144, 40),
+    (5, 1, 40, 240, 40),
+    (3, 2, 40, 240, 80),
+    (3, 1, 80, 480, 80),
+    (3, 1, 80, 480, 80),
+    (5, 1, 80, 480, 112),
+    (5, 1, 112, 672, 112),
+    (5, 1, 112, 672, 112),
+    (5, 2, 112, 672, 192),
+    (5, 1, 192, 1152, 192),
+    (5, 1, 192, 1152, 192),
+    (5, 1, 192, 1152, 192),
+]
+ENDS = (0, 2, 4, 10, 14)  # the last block at each resolution
+
+
+def lite0_weights(seed: int = 0) -> dict[str, Tensor]:
+    """Return random weights under the package's names."""
+    random = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+
+    def conv(name: str, norm: str, outputs: int, inputs: int, size: int) -> None:
+        scale = (2 / (inputs * size**2)) ** 0.5
+        state[f"{name}.weight"] = scale * torch.randn(outputs, inputs, size, size, generator=random)
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            drawn = torch.rand(outputs, generator=random)
+            state[f"{norm}.{kind}"] = drawn + 0.5 if kind in ("weight", "running_var") else 0.2 * drawn
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(1)
+
+    conv("_conv_stem", "_bn0", 32, 3, 3)
+    for number, (size, _, inputs, wide, outputs) in enumerate(LITE0):
+        block = f"_blocks.{number}"
+        if number:
+            conv(f"{block}._expand_conv", f"{block}._bn0", wide, inputs, 1)
+        conv(f"{block}._depthwise_conv", f"{block}._bn1", wide, 1, size)
+        conv(f"{block}._project_conv", f"{block}._bn2", outputs, wide, 1)
+    state["_fc.weight"] = torch.zeros(1000, 1280)  # the package's file has a classifier, too
+    return state
+
+
+@pytest.fixture(scope="module")
+def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lite0") / "efficientnet-lite0.pth"
+    torch.save(lite0_weights(), path)
+    return path
+
+
+def reference_features(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Return the features by unfused convolutions and batch norms, padded as TensorFlow's SAME is defined."""
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1, groups: int = 1) -> Tensor:
+        weight = state[f"{conv}.weight"]
+        size = weight.shape[2]
+        borders = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in x.shape[2:]]
+        (top, left), (below, right) = [b // 2 for b in borders], [b - b // 2 for b in borders]
+        y = F.conv2d(F.pad(x, (left, right, top, below)), weight, stride=stride, groups=groups)
+        mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
+        return F.batch_norm(y, mean, variance, state[f"{norm}.weight"], state[f"{norm}.bias"], eps=1e-3)
+
+    x = layer((x * 255 - 127) / 128, "_conv_stem", "_bn0", 2).clamp(0, 6)
+    found = []
+    for number, (_, stride, inputs, wide, outputs) in enumerate(LITE0):
+        block, y = f"_blocks.{number}", x
+        if number:
+            y = layer(y, f"{block}._expand_conv", f"{block}._bn0").clamp(0, 6)
+        y = layer(y, f"{block}._depthwise_conv", f"{block}._bn1", stride, wide).clamp(0, 6)
+        y = layer(y, f"{block}._project_conv", f"{block}._bn2")
+        x = x + y if stride == 1 and inputs == outputs else y
+        if number in ENDS:
+            found.append(x)
+    return found
+
+
+@pytest.mark.parametrize("size", [(64, 64), (47, 62)])
+def test_features_are_those_of_the_unfused_network(lite0: Path, size: tuple[int, int]) -> None:
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    found = load_feature_distance(lite0).features(x)
+    for ours, theirs in zip(found, reference_features(lite0_weights(), x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_feature_distance_is_the_mean_of_unit_vectors_squared_differences(lite0: Path) -> None:
+    truth, result = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    distance = load_feature_distance(lite0)
+    assert distance(truth, truth).tolist() == [0, 0]
+    expected = np.zeros(2)
+    state = lite0_weights()
+    for a, b in zip(reference_features(state, truth), reference_features(state, result), strict=True):
+        a, b = (f.double().numpy() for f in (a, b))
+        a, b = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (a, b))
+        expected += ((a - b) ** 2).sum(axis=1).mean(axis=(1, 2))
+    np.testing.assert_allclose(distance(truth, result).numpy(), expected, rtol=1e-3)
+
+
+def test_a_backbone_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(1)}, other)
+    with pytest.raises(MisfError, match=r"other\.pth does not hold the weights of an EfficientNet-Lite"):
+        load_feature_distance(other)
+    with pytest.raises(MisfError, match="expected lite0, lite1, lite2, or the file"):
+        load_feature_distance(tmp_path / "nothing.pth")
+
+
+def test_only_touched_patches_are_false() -> None:
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 32, 0] = 1
+    touched = losses.touched_patches(mask, (8, 8))
+    assert touched[0, 0].nonzero().tolist() == [[3, 0], [3, 1], [4, 0], [4, 1], [5, 0], [5, 1]]
+    scores = torch.linspace(-2, 2, 64).reshape(1, 1, 8, 8)
+    found = losses.adversarial_loss(scores, False, "hinge", where=touched)
+    chosen = scores[touched > 0]
+    torch.testing.assert_close(found, (1 + chosen).clamp(min=0).mean())
+    assert losses.adversarial_loss(scores, False, "hinge", where=torch.zeros_like(touched)) == 0
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures in which every pixel is told from every other by its colour."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(3):
+        rng = np.random.default_rng(number)
+        rows, columns = np.mgrid[: 180 + 10 * number, : 200 - 5 * number]
+        picture = np.stack([rows, columns, rng.integers(0, 256, rows.shape)], axis=2).astype(np.uint8)
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return folder
+
+
+def test_resident_crops_are_cut_from_the_pictures(photographs: Path) -> None:
+    pictures = Pictures(sorted(photographs.iterdir()))
+    samples = ResidentSamples(pictures, RandomMasks(), stock=5, crop=48, seed=3)
+    images, masks = samples.batch(7, 12)
+    assert images.shape == (12, 3, 48, 48)
+    assert masks.shape == (12, 1, 48, 48)
+    assert set(masks.unique().tolist()) == {0, 1}
+    mirrored = 0
+    for image in (images * 255).round().byte().permute(0, 2, 3, 1).numpy():
+        top, first, last = int(image[0, 0, 0]), int(image[0, 0, 1]), int(image[0, -1, 1])
+        mirrored += last < first
+        square = image[:, ::-1] if last < first else image
+        cut = [pictures.get(n)[top : top + 48, min(first, last) : min(first, last) + 48] for n in range(3)]  # type: ignore[index]
+        assert any(np.array_equal(square, one) for one in cut)
+    assert 0 < mirrored < 12
+    again = ResidentSamples(pictures, RandomMasks(), stock=5, crop=48, seed=3).batch(7, 12)
+    assert torch.equal(again[0], images)
+    assert torch.equal(again[1], masks)
+    assert not torch.equal(samples.batch(8, 12)[0], images)
+
+
+def test_small_pictures_are_enlarged_to_the_crop(photographs: Path) -> None:
+    samples = ResidentSamples(
+        Pictures(sorted(photographs.iterdir())), RandomMasks(), stock=2, crop=192, zoom_out=1.5, shuffle_colors=True
+    )
+    assert samples.batch(0, 4)[0].shape == (4, 3, 192, 192)
+
+
+def train(photographs: Path, lite0: Path, output: Path, *options: str) -> list[dict[str, float]]:
+    common = ["--data", str(photographs), "--config", "misf-looks", "--recipe", "looks", "--resident", "20"]
+    common += ["--crop", "144", "--batch", "2", "--log-every", "1", "--device", "cpu"]
+    result = CliRunner().invoke(
+        main, ["--output", str(output), *common, "--perceptual-backbone", str(lite0), *options], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_discriminator_begins_after_its_share_and_the_clock_ends_the_run(
+    photographs: Path, lite0: Path, tmp_path: Path
+) -> None:
+    log = train(photographs, lite0, tmp_path / "run", "--steps", "4", "--set", "adversarial_from=0.5")
+    assert ["adversarial" in line for line in log] == [False, False, True, True]
+    assert all("distance" in line for line in log)
+    by_clock = ("--steps", "1000000", "--set", "seconds=2")
+    log = train(photographs, lite0, tmp_path / "clock", *by_clock)
+    assert 1 <= len(log) < 1000
+    assert log[-1]["learning_rate"] < 0.5 * max(line["learning_rate"] for line in log)
+
+
+def test_a_run_by_the_clock_goes_on_where_it_stopped(photographs: Path, lite0: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = train(photographs, lite0, output, "--steps", "3", "--stop-after", "1")  # the start alone takes longer
+    assert len(first) == 1
+    result = CliRunner().invoke(main, ["--resume", "--output", str(output), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    log = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log == [1, 2, 3]
+
+
+def looks() -> object:
+    path = Path(__file__).parents[2] / "benchmarks" / "looks.py"
+    spec = importlib.util.spec_from_file_location("looks", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_grid_share_finds_a_grid_and_nothing_in_noise() -> None:
+    measure = looks().grid_share  # type: ignore[attr-defined]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(128, 128))
+    hole = np.zeros((128, 128), bool)
+    hole[16:112, 16:112] = True
+    grid = np.tile(np.kron([[1, -1], [-1, 1]], np.ones((2, 2))), (32, 32))
+    assert measure(noise, hole, 4) < 0.03
+    assert measure(noise + grid, hole, 4) > 0.3
+    assert measure(noise + grid, hole, 2) < 0.1
+
+
+def test_gradient_sum_is_that_of_the_hole() -> None:
+    ramp = np.tile(np.arange(8.0), (8, 1))
+    hole = np.zeros((8, 8), bool)
+    hole[2:5, 2:6] = True
+    assert looks().gradient_sum(ramp, hole) == 3 * 3  # type: ignore[attr-defined]
+
+
+def test_recipe_survives_json() -> None:
+    from misf.training.recipe import RECIPES
+
+    assert TrainingConfig.from_json(RECIPES["looks"].to_json()) == RECIPES["looks"]

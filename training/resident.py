@@ -1,0 +1,118 @@
+"""Training samples made where the training is: all pictures and a stock of masks lie on the device.
+
+For collections that fit there. A GPU cuts thousands of crops in the time that a processor takes for a few.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..plugins.shared.errors import MisfError
+from .dataset import MaskSource, Picture, Pictures
+from .mask_drawing import Mask
+
+
+class ResidentSamples:
+    """Random native crops with masks from a stock; a batch depends on the seed and its number alone (on one device).
+
+    Args:
+        pictures: those whose shorter side is below `crop` are enlarged to it.
+        masks: where the stock is drawn from.
+        stock: so many masks, turned and mirrored in all eight ways.
+        crop, seed, zoom_out, shuffle_colors: as for `TrainingSamples`, but crops are cut pixel by pixel from two
+            sizes of each picture: its own and one smaller by `zoom_out`.
+        device: where everything lies.
+        workers: processes that draw the masks.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        masks: MaskSource,
+        *,
+        stock: int,
+        crop: int,
+        seed: int = 0,
+        zoom_out: float = 1.0,
+        shuffle_colors: bool = False,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self.crop, self.seed, self.shuffle_colors, self.device = crop, seed, shuffle_colors, torch.device(device)
+        draw = partial(_drawn, masks, seed, crop)
+        if workers:
+            with multiprocessing.get_context("fork").Pool(min(workers, os.cpu_count() or 1)) as pool:
+                drawn = pool.map(draw, range(stock), chunksize=64)
+        else:
+            drawn = [draw(index) for index in range(stock)]
+        self._masks = torch.from_numpy(np.stack(drawn)).to(self.device)
+        decoded = [picture for index in range(len(pictures)) if (picture := pictures.get(index)) is not None]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            resized = threads.map(partial(_sizes, crop=crop, zoom_out=zoom_out), decoded)
+            sizes = [size for several in resized for size in several]
+        self._pictures = len(decoded)
+        if not sizes:
+            raise MisfError(f"none of {len(pictures)} pictures can be decoded")
+        self._pixels = torch.from_numpy(np.concatenate([size.reshape(-1, 3) for size in sizes])).to(self.device)
+        shapes = torch.tensor([size.shape[:2] for size in sizes])
+        ends = shapes.prod(dim=1).cumsum(dim=0)
+        self._starts, self._shapes = (ends - shapes.prod(dim=1)).to(self.device), shapes.to(self.device)
+
+    def __len__(self) -> int:
+        return self._pictures
+
+    def batch(self, number: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return batch `number`: float32 count,3,crop,crop RGB in [0,1] and float32 count,1,crop,crop, 1 = hole."""
+        random = torch.Generator(self.device).manual_seed(hash((self.seed, number)))
+
+        def below(limits: Tensor) -> Tensor:
+            share = torch.rand(count, generator=random, device=self.device, dtype=torch.float64)
+            return (share * limits).long()
+
+        def either() -> Tensor:
+            return torch.rand(count, 1, 1, generator=random, device=self.device) < 0.5
+
+        place = torch.arange(self.crop, device=self.device)
+        which = below(torch.tensor(len(self._starts)))
+        height, width = self._shapes[which].unbind(dim=1)
+        rows = below(height - self.crop + 1)[:, None, None] + place[:, None]
+        columns = below(width - self.crop + 1)[:, None, None] + torch.where(either(), place, place.flip(0))
+        image = self._pixels[self._starts[which][:, None, None] + rows * width[:, None, None] + columns]
+        if self.shuffle_colors:
+            order = torch.rand(count, 3, generator=random, device=self.device).argsort(dim=1)
+            image = image.gather(3, order[:, None, None].expand_as(image))
+        mask = self._masks[below(torch.tensor(len(self._masks)))]
+        for turned in (mask.flip(1), mask.flip(2), mask.transpose(1, 2)):
+            mask = torch.where(either(), turned, mask)
+        return image.permute(0, 3, 1, 2).float() / 255, mask[:, None].float()
+
+    def batches(self, start: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches from number `start` on, without end."""
+        while True:
+            yield self.batch(start, count)
+            start += 1
+
+
+def _drawn(masks: MaskSource, seed: int, crop: int, index: int) -> Mask:
+    return masks.mask(np.random.default_rng([seed, 2, index]), crop, crop)
+
+
+def _sizes(picture: Picture, crop: int, zoom_out: float) -> list[Picture]:
+    """Return the picture, and once more smaller by `zoom_out`; neither with a side below `crop`."""
+    height, width = picture.shape[:2]
+    factors = {max(1.0, crop / min(height, width)), max(1 / zoom_out, crop / min(height, width))}
+    found = []
+    for factor in sorted(factors):
+        size = (max(crop, round(width * factor)), max(crop, round(height * factor)))
+        resized = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS)
+        found.append(np.asarray(resized) if factor != 1 else picture)
+    return found
