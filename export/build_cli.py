@@ -11,7 +11,7 @@ import click
 
 from ..plugins.cli_support import command, print_json
 from ..plugins.errors import EnvironmentMismatch, MisfError
-from .engine_options import document, engine_options, parse_engine_options, summary
+from .engine_options import document, engine_options, layer_lines, parse_engine_options, summary
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ def engine_path(output: Path) -> Path:
 def finish(report: Any, as_json: bool) -> None:
     """Say what was built, on stderr, and print its path or the JSON document."""
     log.info("%s", summary(report))
+    for line in layer_lines(report):
+        log.debug("%s", line)
     for line in report.commands.values():
         log.info("also: %s", line)
     log.info("check it: misf-verify %s --checkpoint CHECKPOINT", report.path)

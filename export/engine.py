@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from ..plugins.files import sha256, written_whole
 from ..runtime.backends import check_onnx
 from ..runtime.backends.cudart import CudaError, CudaRuntime, gpu_name
 from ..runtime.engine_info import EngineInfo, Limits, this_platform, write_engine
+from ..runtime.engine_inspector import inspect, inspected_layers, inspected_types
 from ..runtime.tensorrt_api import Flavor, load_flavor, make_logger, reason, use_plugin
 from .precision import float_types
 from .progress import build_bar, cancellable, make_monitor
@@ -95,10 +94,10 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     plugin = _plugin(flavor, options)
     log.info("building with %s%s", flavor.title, f" for {machine.gpu}" if machine.gpu else "")
     plan, obtained = _build(flavor, model, options, plugin is not None, machine, source, asked)
-    proof = "network"
+    proof, layers = "network", {}
     if flavor.has_plugins:
-        check_inspected(asked, _inspect(flavor, plan, options.device), output)
-        proof = "engine"
+        information = _inspect(flavor, plan, options)
+        proof, layers = check_inspected(asked, information, output), inspected_layers(information)
     info = EngineInfo(
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
@@ -118,6 +117,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
         checkpoint_sha256=metadata.get("misf.checkpoint_sha256", ""),
         plugin=plugin.name if plugin else None,
         plugin_sha256=sha256(plugin) if plugin else None,
+        layers=layers,
         settings={"workspace_gib": options.workspace_gib, "opt_level": options.opt_level},
         misf=misf_version(),
     )
@@ -276,41 +276,28 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
         )
 
 
-def _inspect(flavor: Flavor, plan: bytes, device: int) -> str:
+def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
     """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
-    trt, logger = flavor.module, make_logger(flavor)
-    CudaRuntime().set_device(device)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    logger = make_logger(flavor)
+    CudaRuntime().set_device(options.device)
+    runtime = flavor.module.Runtime(logger)  # must outlive the engine
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise MisfError(f"{flavor.title} built an engine that it does not load: {reason(logger)}")
-    text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return text
+    n, height, width = options.limits.opt
+    return inspect(flavor.module, engine, {name: (n, channels, height, width) for name, channels in INPUTS.items()})
 
 
-def inspected_types(information: str) -> dict[str, int]:
-    """Return how many tensors of an engine's layers are 'fp16' and 'fp32', from the inspector's JSON.
+def check_inspected(asked: str, information: str, output: Path) -> str:
+    """Return what proves the precision: "engine", or "network" where the inspector cannot tell.
 
-    TensorRT 10 writes 'Format/Datatype' in words, TensorRT 11 'Format' and 'DataType' apart.
+    Raises AccuracyError when fp16 was asked for and the finished engine, all of whose types are known, has none.
     """
-    counts: Counter[str] = Counter()
-    for layer in json.loads(information).get("Layers", []):
-        if not isinstance(layer, dict):  # layers by name only
-            continue
-        for tensor in (*layer.get("Inputs", []), *layer.get("Outputs", [])):
-            text = " ".join(str(tensor.get(key, "")) for key in ("Format/Datatype", "Format/DataType", "DataType"))
-            if re.search(r"half|fp16|float16", text, re.IGNORECASE):
-                counts["fp16"] += 1
-            elif re.search(r"fp32|float", text, re.IGNORECASE):
-                counts["fp32"] += 1
-    return dict(counts)
-
-
-def check_inspected(asked: str, information: str, output: Path) -> None:
-    """Raise AccuracyError when fp16 was asked for and the finished engine has no fp16 tensor."""
     types = inspected_types(information)
-    log.debug("tensors of the engine's layers: %s", types)
-    if asked == "fp16" and not types.get("fp16"):
+    log.debug("tensors, weights and kernels of the engine: %s", types)
+    if asked == "fp16" and types and not types.keys() & {"fp16", "unknown"}:
         raise AccuracyError(f"fp16 was asked for and no layer of {output} runs in it (inspector: {types})")
+    return "engine" if asked in types else "network"
 
 
 def other_tools(flavor: Flavor, plan: Path, limits: Limits, plugin: Path | None) -> dict[str, str]:

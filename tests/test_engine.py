@@ -24,13 +24,14 @@ from onnx import TensorProto, helper, numpy_helper
 from misf.export import cli as export_cli
 from misf.export import engine as engine_module
 from misf.export.build_cli import main as build_command
-from misf.export.engine import EngineOptions, build_engine, inspected_types, other_tools, prove_precision
+from misf.export.engine import EngineOptions, build_engine, other_tools, prove_precision
 from misf.export.progress import cancellable, make_monitor
 from misf.plugins.dynamic_filter.onnx_op import filter_nodes, for_tensorrt
 from misf.plugins.errors import AccuracyError, EnvironmentMismatch, MisfError
 from misf.plugins.files import sha256
 from misf.runtime import tensorrt_api
 from misf.runtime.engine_info import MAGICS, Limits, read_info, side_car, write_engine
+from misf.runtime.engine_inspector import inspected_layers, inspected_types
 from misf.runtime.tensorrt_api import Flavor
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -295,16 +296,70 @@ INSPECTED = {
     },
     "names only": {"Layers": ["stem", "norm"], "Bindings": []},
 }
+NO_ANSWER = "N/A due to dynamic shapes"
+DYNAMIC = {  # as in public logs of TensorRT 8 to 10 for engines with a dynamic profile, which ours all are
+    "Layers": [
+        {
+            "Name": "stem",
+            "LayerType": "CaskConvolution",
+            "Inputs": [
+                {"Name": "a", "Location": "Device", "Dimensions": [-1, 4, -1, -1], "Format/Datatype": NO_ANSWER}
+            ],
+            "Outputs": [
+                {"Name": "b", "Location": "Device", "Dimensions": [-1, 8, -1, -1], "Format/Datatype": NO_ANSWER}
+            ],
+        },
+        {
+            "Name": "Reformatting CopyNode for Input Tensor 0 to filter",
+            "LayerType": "Reformat",
+            "Inputs": [{"Name": "b", "Format/Datatype": NO_ANSWER}],
+            "Outputs": [{"Name": "c", "Format/Datatype": NO_ANSWER}],
+        },
+        {
+            "Name": "filter",
+            "LayerType": "PluginV3",
+            "Inputs": [{"Name": "c", "Format/Datatype": NO_ANSWER}],
+            "Outputs": [{"Name": "d", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}],
+        },
+    ],
+    "Bindings": ["image", "mask", "output"],
+}
 
 
 def test_inspector() -> None:
     for name in ("TensorRT 10", "TensorRT 11"):
         text = json.dumps(INSPECTED[name])
         assert inspected_types(text) == {"fp16": 2, "fp32": 1}
-        engine_module.check_inspected("fp16", text, Path("x.plan"))
+        assert engine_module.check_inspected("fp16", text, Path("x.plan")) == "engine"
         with pytest.raises(AccuracyError, match="fp16 was asked for and no layer"):
             engine_module.check_inspected("fp16", re.sub("(?i)fp16|half", "fp32", text), Path("x.plan"))
-    assert inspected_types(json.dumps(INSPECTED["names only"])) == {}
+    text = json.dumps(INSPECTED["names only"])
+    assert (inspected_types(text), inspected_layers(text)) == ({}, {})
+    assert engine_module.check_inspected("fp16", text, Path("x.plan")) == "network"
+
+
+def test_inspector_that_does_not_know() -> None:
+    """Unknown is not wrong: the types of the network are the proof then, unless weights or kernels tell."""
+    unknown = json.loads(json.dumps(DYNAMIC).replace("Channel major FP16 format where channel % 8 == 0", NO_ANSWER))
+    assert inspected_types(json.dumps(unknown)) == {"unknown": 6}
+    for asked in ("fp16", "fp32"):
+        assert engine_module.check_inspected(asked, json.dumps(unknown), Path("x.plan")) == "network"
+    unknown["Layers"][0] |= {"Weights": {"Type": "Float", "Count": 12}, "Bias": {"Type": "Float", "Count": 3}}
+    assert engine_module.check_inspected("fp16", json.dumps(unknown), Path("x.plan")) == "network"
+    for told in (
+        {"Weights": {"Type": "Half", "Count": 9408}},
+        {"TacticName": "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckcrs_nhwc_tilesize128x64x64"},
+    ):
+        unknown["Layers"][0] |= told
+        assert engine_module.check_inspected("fp16", json.dumps(unknown), Path("x.plan")) == "engine"
+
+
+def test_inspected_layers() -> None:
+    assert inspected_layers(json.dumps(DYNAMIC)) == {
+        "kinds": {"CaskConvolution": 1, "Reformat": 1, "PluginV3": 1},
+        "reformats": 1,
+        "filters": {"filter": [NO_ANSWER, "Channel major FP16 format where channel % 8 == 0"]},
+    }
 
 
 def test_progress_and_cancellation_inside_a_build(tiny_onnx: Path, tmp_path: Path, monkeypatch: Any) -> None:
