@@ -27,7 +27,7 @@ from ..runtime.backends import check_onnx
 from ..runtime.backends.cudart import CudaError, CudaRuntime, gpu_name
 from ..runtime.engine_info import EngineInfo, Limits, this_platform, write_engine
 from ..runtime.engine_inspector import inspect, inspected_layers, inspected_types
-from ..runtime.tensorrt_api import Flavor, load_flavor, make_logger, reason, use_plugin
+from ..runtime.tensorrt_api import Flavor, load_flavor, logger_of, reason, use_plugin
 from .precision import float_types
 from .progress import build_bar, cancellable, make_monitor
 
@@ -178,7 +178,7 @@ def _build(
     asked: str,
 ) -> tuple[bytes, dict[str, int]]:
     """Return the plan and how many convolutions of the parsed network are of each type."""
-    trt, logger = flavor.module, make_logger(flavor)
+    trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11.x types always
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
@@ -278,7 +278,7 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
 
 def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
     """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
-    logger = make_logger(flavor)
+    logger = logger_of(flavor)
     CudaRuntime().set_device(options.device)
     runtime = flavor.module.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..plugins import library
 from ..plugins.cli_support import one_line
 from ..plugins.errors import EnvironmentMismatch, MisfError
-from .tensorrt_api import FLAVORS, TITLES, Flavor, installed, load_flavor, make_logger, reason, use_plugin
+from .tensorrt_api import FLAVORS, TITLES, Flavor, installed, load_flavor, logger_of, reason, use_plugin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,7 @@ def _plugin(flavor: Flavor) -> str | None:
 
 
 def _build(flavor: Flavor, onnx_file: Path, with_plugin: bool, *shapes: tuple[int, ...]) -> bytes:
-    trt, logger = flavor.module, make_logger(flavor)
+    trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
@@ -140,7 +140,7 @@ def _run(flavor: Flavor, cuda: Any, plan: bytes, features: Array, taps: Array) -
     """Return the output of a built filter for arrays on the CPU."""
     import numpy as np
 
-    trt, logger = flavor.module, make_logger(flavor)
+    trt, logger = flavor.module, logger_of(flavor)
     cuda.set_device(0)
     runtime = trt.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)

@@ -475,7 +475,7 @@ def test_timing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
 
 
 def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -> None:
-    logger = tensorrt_api.make_logger(Flavor("tensorrt-rtx", trt, trt.__version__))
+    logger = tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, trt.__version__))
     severity = trt.ILogger.Severity
     with caplog.at_level("INFO", logger="misf"):
         logger.log(severity.WARNING, "A node named node_of_x already exists, the output tensors ...")
@@ -483,3 +483,5 @@ def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -
         logger.log(severity.ERROR, "IBuilder::build: Error Code 4: API Usage Error (profile 0\nis missing)")
     assert [record.message for record in caplog.records] == ["tensorrt-rtx: something real"]
     assert tensorrt_api.reason(logger) == "profile 0 is missing"
+    assert tensorrt_api.reason(logger) == "it gave no reason"  # an old error does not explain the next failure
+    assert tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, "another object")) is logger
