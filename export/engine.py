@@ -142,7 +142,10 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
 
 
 def _machine(flavor: Flavor, device: int) -> _Machine:
-    """Return the GPU that the engine will be bound to. RTX engines are for all RTX GPUs, and are built without one."""
+    """Return the GPU that the engine will be bound to, now this thread's.
+
+    RTX engines are for all RTX GPUs, and are built without one.
+    """
     if not flavor.has_plugins:
         return _Machine()
     try:
@@ -152,6 +155,7 @@ def _machine(flavor: Flavor, device: int) -> _Machine:
         raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
     if device >= count:
         raise EnvironmentMismatch(f"cuda:{device} was asked for and there are {count} GPUs")
+    cuda.set_device(device)  # before anything of TensorRT's is made, which stays with the GPU of that time
     return _Machine(gpu_name(device), cuda.compute_capability(device))
 
 
@@ -221,6 +225,10 @@ def _configure(trt: Any, builder: Any, config: Any, options: EngineOptions) -> N
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 10 bits of mantissa are not fp32
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # for RTX: or its work cannot be captured as a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # or every shape takes the largest's memory
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     profile, limits = builder.create_optimization_profile(), options.limits
     for name, channels in INPUTS.items():
         shapes = [(n, channels, height, width) for n, height, width in (limits.min, limits.opt, limits.max)]
@@ -243,13 +251,15 @@ def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: 
     if cache is None or not config.set_timing_cache(cache, False):
         log.warning("the timing cache %s is damaged or of another TensorRT: starting a new one", path)
         config.set_timing_cache(config.create_timing_cache(b""), False)
-    yield
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            temporary.write_bytes(config.get_timing_cache().serialize())
-    except OSError as error:
-        log.warning("the timing cache was not kept: %s", one_line(error))
+        yield
+    finally:  # a build that was cancelled measured for minutes too
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as temporary:
+                temporary.write_bytes(config.get_timing_cache().serialize())
+        except OSError as error:
+            log.warning("the timing cache was not kept: %s", one_line(error))
 
 
 def network_types(trt: Any, network: Any) -> dict[str, int]:
@@ -279,7 +289,6 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
 def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
     """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
     logger = logger_of(flavor)
-    CudaRuntime().set_device(options.device)
     runtime = flavor.module.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ class FakeCudart:
         self.memory, self.gpus, self.integrated = memory, gpus, integrated
         self.compute_capability = (8, 9)
         self.live: dict[int, tuple[str, ctypes.Array[Any]]] = {}
-        self.current = 0
+        self._thread = threading.local()
         self.device_of: dict[int, int] = {}
         self.capturing: list[Callable[[], None]] | None = None
         self.capture_fails = False
@@ -49,6 +50,15 @@ class FakeCudart:
             return function(*arguments)
 
         return call
+
+    @property
+    def current(self) -> int:
+        """The GPU of this thread."""
+        return getattr(self._thread, "gpu", 0)
+
+    @current.setter
+    def current(self, gpu: int) -> None:
+        self._thread.gpu = gpu
 
     def count(self, name: str) -> int:
         return self.calls.count(name)

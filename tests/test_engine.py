@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,9 +31,12 @@ from misf.plugins.dynamic_filter.onnx_op import filter_nodes, for_tensorrt
 from misf.plugins.errors import AccuracyError, EnvironmentMismatch, MisfError
 from misf.plugins.files import sha256
 from misf.runtime import tensorrt_api
+from misf.runtime.backends.cudart import CudaRuntime
 from misf.runtime.engine_info import MAGICS, Limits, read_info, side_car, write_engine
 from misf.runtime.engine_inspector import inspected_layers, inspected_types
 from misf.runtime.tensorrt_api import Flavor
+
+from .fake_gpu import FakeCudart
 
 trt = pytest.importorskip("tensorrt_rtx")
 SMALL = ("--min-shape", "32x40", "--opt-shape", "64x64", "--max-shape", "96x128")
@@ -255,6 +259,72 @@ def test_tensorrt_needs_a_gpu_and_a_plugin(tiny_onnx: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def tensorrt_on_the_second_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """TensorRT's side of misf-build: RTX's builder, parser and config under its name, and a fake loader and inspector.
+
+    What it makes must be made, and run, on cuda:1.
+    """
+    library = FakeCudart(gpus=2)
+
+    class Builder:
+        def __init__(self, logger: Any):
+            assert library.current == 1
+            self._real = trt.Builder(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            assert library.current == 1
+            return getattr(self._real, name)
+
+    context = SimpleNamespace(set_input_shape=lambda name, shape: shape == (1, {"image": 3, "mask": 1}[name], 64, 64))
+
+    class Inspector:
+        execution_context = None
+
+        def get_engine_information(self, _layout: Any) -> str:
+            assert self.execution_context is context
+            return json.dumps(DYNAMIC)
+
+    def load(_plan: bytes) -> Any:
+        assert library.current == 1
+        return SimpleNamespace(
+            create_execution_context=lambda strategy: context if strategy.name == "USER_MANAGED" else None,
+            create_engine_inspector=Inspector,
+        )
+
+    runtime = SimpleNamespace(Builder=Builder, Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=load))
+    module = SimpleNamespace(**{**vars(trt), **vars(runtime)})
+    monkeypatch.setattr(engine_module, "load_flavor", lambda _name: Flavor("tensorrt", module, "10.13.3"))
+    monkeypatch.setattr(engine_module, "CudaRuntime", lambda: CudaRuntime(library))
+    monkeypatch.setattr(engine_module, "_timing_cache", lambda *_: contextlib.nullcontext())  # RTX's config takes none
+    return library
+
+
+def test_tensorrt_build_on_another_gpu(tensorrt_on_the_second_gpu: Any, fp16: Any, tmp_path: Path) -> None:
+    """-v says what the inspector said, the side-car keeps it; its N/A for dynamic shapes fails nothing."""
+    assert tensorrt_on_the_second_gpu.current == 0
+    plan = tmp_path / "x.plan"
+    result = build(fp16.onnx, "-o", plan, *SMALL, "--no-plugin", "--device", "cuda:1", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert "layers: 1 CaskConvolution, 1 Reformat, 1 PluginV3; 1 change a tensor's format only" in result.stderr
+    assert f"filter filter: {NO_ANSWER}; Channel major FP16 format where channel % 8 == 0" in result.stderr
+    info = read_info(plan)
+    assert info.layers == inspected_layers(json.dumps(DYNAMIC))
+    assert (info.compute_capability, info.precision_proof) == ("8.9", "engine")
+    assert "layers:" not in build(fp16.onnx, "-o", plan, *SMALL, "--no-plugin", "--device", "cuda:1").stderr
+
+
+def test_what_the_builder_is_asked_for() -> None:
+    """By RTX's own config; that it then builds is in all other tests."""
+    builder = trt.Builder(tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, trt.__version__)))
+    config = builder.create_builder_config()
+    assert config.get_flag(trt.BuilderFlag.TF32)
+    engine_module._configure(trt, builder, config, EngineOptions())
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.get_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10)
+
+
 def test_lines_for_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module.library, "find_library", lambda *_, **__: tmp_path / "twin.so")
     limits = Limits((1, 64, 64), (2, 256, 320), (4, 512, 512))
@@ -455,9 +525,11 @@ def test_timing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         def get_timing_cache(self) -> Any:
             return self.cache
 
-    for _ in range(2):
-        with engine_module._timing_cache(flavor, Config(), EngineOptions(), machine):
-            pass
+    for cancelled in (False, True):
+        stopped = pytest.raises(KeyboardInterrupt) if cancelled else contextlib.nullcontext()
+        with stopped, engine_module._timing_cache(flavor, Config(), EngineOptions(), machine):
+            if cancelled:
+                raise KeyboardInterrupt
     (cache,) = tmp_path.iterdir()
     assert cache.name == "timing-tensorrt-10.3.0-sm87.cache"
     assert (given, cache.read_bytes()) == ([b"", b"measured "], b"measured measured ")
