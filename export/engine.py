@@ -26,7 +26,7 @@ from ..plugins.files import sha256, written_whole
 from ..runtime.backends import check_onnx
 from ..runtime.backends.cudart import CudaError, CudaRuntime, gpu_name
 from ..runtime.engine_info import EngineInfo, Limits, this_platform, write_engine
-from ..runtime.engine_inspector import inspect, inspected_layers, inspected_types
+from ..runtime.engine_inspector import inspect, inspected_layers, inspected_proof
 from ..runtime.tensorrt_api import Flavor, load_flavor, logger_of, reason, use_plugin
 from .precision import float_types
 from .progress import build_bar, cancellable, make_monitor
@@ -97,7 +97,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     proof, layers = "network", {}
     if flavor.has_plugins:
         information = _inspect(flavor, plan, options)
-        proof, layers = check_inspected(asked, information, output), inspected_layers(information)
+        proof, layers = inspected_proof(asked, information, str(output)), inspected_layers(information)
     info = EngineInfo(
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
@@ -295,18 +295,6 @@ def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
         raise MisfError(f"{flavor.title} built an engine that it does not load: {reason(logger)}")
     n, height, width = options.limits.opt
     return inspect(flavor.module, engine, {name: (n, channels, height, width) for name, channels in INPUTS.items()})
-
-
-def check_inspected(asked: str, information: str, output: Path) -> str:
-    """Return what proves the precision: "engine", or "network" where the inspector cannot tell.
-
-    Raises AccuracyError when fp16 was asked for and the finished engine, all of whose types are known, has none.
-    """
-    types = inspected_types(information)
-    log.debug("tensors, weights and kernels of the engine: %s", types)
-    if asked == "fp16" and types and not types.keys() & {"fp16", "unknown"}:
-        raise AccuracyError(f"fp16 was asked for and no layer of {output} runs in it (inspector: {types})")
-    return "engine" if asked in types else "network"
 
 
 def other_tools(flavor: Flavor, plan: Path, limits: Limits, plugin: Path | None) -> dict[str, str]:

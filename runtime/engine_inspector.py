@@ -7,10 +7,15 @@ dynamic it says only "N/A due to dynamic shapes", whatever they are: unknown is 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ..plugins.errors import AccuracyError
+
+log = logging.getLogger(__name__)
 
 _TENSOR_KEYS = ("Format/Datatype", "Format/DataType", "Format", "DataType")
 _UNKNOWN = re.compile(r"^N/A|^\s*$")
@@ -45,6 +50,18 @@ def inspected_types(information: str) -> dict[str, int]:
             elif _UNKNOWN.search(text):
                 counts["unknown"] += 1
     return dict(counts)
+
+
+def inspected_proof(asked: str, information: str, name: str) -> str:
+    """Return what proves the precision that was asked for: "engine", or "network" where the inspector cannot tell.
+
+    Raises AccuracyError when it is fp16 and the engine `name`, all of whose types are known, has none.
+    """
+    types = inspected_types(information)
+    log.debug("tensors, weights and kernels of %s: %s", name, types)
+    if asked == "fp16" and types and not types.keys() & {"fp16", "unknown"}:
+        raise AccuracyError(f"fp16 was asked for and no layer of {name} runs in it (inspector: {types})")
+    return "engine" if asked in types else "network"
 
 
 def inspected_layers(information: str) -> dict[str, Any]:

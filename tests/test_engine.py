@@ -33,7 +33,7 @@ from misf.plugins.files import sha256
 from misf.runtime import tensorrt_api
 from misf.runtime.backends.cudart import CudaRuntime
 from misf.runtime.engine_info import MAGICS, Limits, read_info, side_car, write_engine
-from misf.runtime.engine_inspector import inspected_layers, inspected_types
+from misf.runtime.engine_inspector import inspected_layers, inspected_proof, inspected_types
 from misf.runtime.tensorrt_api import Flavor
 
 from .fake_gpu import FakeCudart
@@ -400,12 +400,12 @@ def test_inspector() -> None:
     for name in ("TensorRT 10", "TensorRT 11"):
         text = json.dumps(INSPECTED[name])
         assert inspected_types(text) == {"fp16": 2, "fp32": 1}
-        assert engine_module.check_inspected("fp16", text, Path("x.plan")) == "engine"
+        assert inspected_proof("fp16", text, "x.plan") == "engine"
         with pytest.raises(AccuracyError, match="fp16 was asked for and no layer"):
-            engine_module.check_inspected("fp16", re.sub("(?i)fp16|half", "fp32", text), Path("x.plan"))
+            inspected_proof("fp16", re.sub("(?i)fp16|half", "fp32", text), "x.plan")
     text = json.dumps(INSPECTED["names only"])
     assert (inspected_types(text), inspected_layers(text)) == ({}, {})
-    assert engine_module.check_inspected("fp16", text, Path("x.plan")) == "network"
+    assert inspected_proof("fp16", text, "x.plan") == "network"
 
 
 def test_inspector_that_does_not_know() -> None:
@@ -413,15 +413,15 @@ def test_inspector_that_does_not_know() -> None:
     unknown = json.loads(json.dumps(DYNAMIC).replace("Channel major FP16 format where channel % 8 == 0", NO_ANSWER))
     assert inspected_types(json.dumps(unknown)) == {"unknown": 6}
     for asked in ("fp16", "fp32"):
-        assert engine_module.check_inspected(asked, json.dumps(unknown), Path("x.plan")) == "network"
+        assert inspected_proof(asked, json.dumps(unknown), "x.plan") == "network"
     unknown["Layers"][0] |= {"Weights": {"Type": "Float", "Count": 12}, "Bias": {"Type": "Float", "Count": 3}}
-    assert engine_module.check_inspected("fp16", json.dumps(unknown), Path("x.plan")) == "network"
+    assert inspected_proof("fp16", json.dumps(unknown), "x.plan") == "network"
     for told in (
         {"Weights": {"Type": "Half", "Count": 9408}},
         {"TacticName": "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckcrs_nhwc_tilesize128x64x64"},
     ):
         unknown["Layers"][0] |= told
-        assert engine_module.check_inspected("fp16", json.dumps(unknown), Path("x.plan")) == "engine"
+        assert inspected_proof("fp16", json.dumps(unknown), "x.plan") == "engine"
 
 
 def test_inspected_layers() -> None:

@@ -494,39 +494,52 @@ def test_an_engine_with_plugin_needs_its_library(
 
 
 class OpContext(FakeContext):
-    """The one-node model: features and taps in, output out."""
+    """The one-node model: features and taps in, output out, all of the type that fits their memory."""
 
     wrong_by = 0.0
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        places = {name: (self._addresses[name], shape) for name, shape in self._shapes.items()}
+        shapes = {**self._shapes, "output": self._shapes["features"]}
 
         def work() -> None:
-            features, taps = (array_at(*places[name]) for name in ("features", "taps"))
-            result = doctor.expected_output(features, taps) + self.wrong_by
-            array_at(self._addresses["output"], features.shape)[...] = result
+            features, taps, output = (self._array(name, shapes[name]) for name in ("features", "taps", "output"))
+            output[...] = doctor.expected_output(features, taps) + self.wrong_by
 
         self._cudart.enqueue(work, stream_handle)
         return True
 
+    def _array(self, name: str, shape: tuple[int, ...]) -> Any:
+        _, buffer = self._cudart.live[self._addresses[name]]
+        half = len(buffer) == 2 * int(np.prod(shape))
+        return np.frombuffer(buffer, np.float16 if half else np.float32).reshape(shape)
 
-@pytest.mark.parametrize("wrong_by", [0.0, 0.01])
-def test_doctor_runs_the_filter_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch, wrong_by: float) -> None:
-    """Really built by TensorRT for RTX, run on the fake GPU; wrong numbers are a failure."""
+
+@pytest.mark.parametrize("wrong_by", [0.0, 0.02])
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt-rtx"])
+def test_doctor_runs_the_filter_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch, wrong_by: float, flavor: str) -> None:
+    """Really built by TensorRT for RTX, run on the fake GPU; wrong numbers are a failure, in fp32 and fp16."""
     trt = pytest.importorskip("tensorrt_rtx")
     library = FakeCudart()
     monkeypatch.setattr(library, "holds", lambda _address, _size: True)  # memory that is not pinned will do here
     context = OpContext(FakeEngine(library, None))
     context.wrong_by = wrong_by
-    engine = SimpleNamespace(create_execution_context=lambda: context)
+    said = {"Name": "filter", "LayerType": "PluginV3", "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]}
+    inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": [said]}))
+    engine = SimpleNamespace(create_execution_context=lambda *_: context, create_engine_inspector=lambda: inspector)
     monkeypatch.setattr(trt, "Runtime", lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _plan: engine))
     monkeypatch.setattr(engine_checks, "_cuda", lambda: cudart.CudaRuntime(library))
-    features, taps = doctor.op_inputs()
-    checks = engine_checks.engine_checks(doctor.OP_CHECK, features, taps, doctor.expected_output(features, taps))
-    (check,) = (check for check in checks if check.flavor == "tensorrt-rtx")
-    assert check.built
-    assert check.ok == (wrong_by == 0)
-    assert ("ok, without plugin" if check.ok else "FAILED: wrong numbers: error 1.0e-02") in check.line()
+    monkeypatch.setattr(engine_checks, "FLAVORS", [flavor])
+    monkeypatch.setattr(engine_checks, "installed", lambda _: True)
+    monkeypatch.setattr(engine_checks, "load_flavor", lambda _: Flavor(flavor, trt, "10.13"))
+    monkeypatch.setattr(engine_checks, "_plugin", lambda _: None)
+    checks = engine_checks.engine_checks(doctor.OP_CHECK, *doctor.op_inputs(), doctor.expected_output)
+    assert [check.precision for check in checks] == ["fp32", "fp16"]
+    for check in checks:
+        assert check.built
+        assert check.ok == (wrong_by == 0)
+        formats = " (N/A due to dynamic shapes)" if flavor == "tensorrt" else ""
+        expected = f"ok, without plugin{formats}," if check.ok else "FAILED: wrong numbers: error"
+        assert f"{check.precision} {expected}" in check.line()
     assert not library.live
 
 
