@@ -46,29 +46,22 @@ def build(*arguments: str | Path) -> Any:
     return CliRunner().invoke(build_command, [str(argument) for argument in arguments])
 
 
+def export(checkpoint: Path, *arguments: str | Path) -> Any:
+    return CliRunner().invoke(export_cli.main, ["--checkpoint", *map(str, (checkpoint, *arguments))])
+
+
 @pytest.fixture(scope="module")
 def fp16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The whole way by command: checkpoint -> fp16 ONNX -> engine. The ONNX, which the command drops, is kept aside."""
+    """The whole way by command: checkpoint -> fp16 ONNX -> engine."""
     folder = tmp_path_factory.mktemp("fp16")
-    kept = folder / "kept.onnx"
-    original = engine_module.build_engine
-
-    def spy(source: Path, *arguments: Any) -> Any:
-        shutil.copy(source, kept)
-        return original(source, *arguments)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(engine_module, "build_engine", spy)
-    arguments = ["--checkpoint", tiny_checkpoint, "--fp16", "-o", folder / "best.plan", *SMALL, "--max-batch", "4"]
-    result = CliRunner().invoke(export_cli.main, [str(argument) for argument in arguments])
-    patch.undo()
-    return SimpleNamespace(result=result, folder=folder, plan=folder / "best.plan", onnx=kept)
+    result = export(tiny_checkpoint, "--fp16", "-o", folder / "best.plan", *SMALL, "--max-batch", "4")
+    return SimpleNamespace(result=result, folder=folder, plan=folder / "best.plan", onnx=folder / "best.onnx")
 
 
 def test_from_checkpoint_to_fp16_engine(fp16: Any, tiny_checkpoint: Path) -> None:
     assert fp16.result.exit_code == 0, fp16.result.stderr
     assert fp16.result.stdout == f"{fp16.plan}\n"
-    assert sorted(path.name for path in fp16.folder.iterdir()) == ["best.plan", "best.plan.json", "kept.onnx"]
+    assert sorted(path.name for path in fp16.folder.iterdir()) == ["best.onnx", "best.plan", "best.plan.json"]
     assert fp16.plan.read_bytes()[:4] in MAGICS
     info = read_info(fp16.plan)
     assert (info.flavor, info.version, info.gpu) == ("tensorrt-rtx", trt.__version__, None)
@@ -78,6 +71,26 @@ def test_from_checkpoint_to_fp16_engine(fp16: Any, tiny_checkpoint: Path) -> Non
     assert (info.plugin, info.onnx, info.onnx_sha256) == (None, "best.onnx", sha256(fp16.onnx))
     assert info.checkpoint_sha256 == sha256(tiny_checkpoint)
     assert (info.plan_bytes, info.plan_sha256) == (fp16.plan.stat().st_size, sha256(fp16.plan))
+
+
+def test_the_onnx_file_of_an_engine_stays(
+    fp16: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model of its name is not replaced unasked; the same one, exported anew, is no reason to stop."""
+    kept, plan = tmp_path / "best.onnx", tmp_path / "best.plan"
+    arguments = ["--fp16", "-o", plan, *SMALL]
+    shutil.copy(fp16.onnx, kept)
+    assert export(tiny_checkpoint, *arguments).exit_code == 0
+    assert sha256(kept) == sha256(fp16.onnx)
+    monkeypatch.setattr(export_cli, "_export", lambda *how: shutil.copy(fp16.onnx, how[2]))
+    plan.write_bytes(b"old")
+    kept.write_bytes(b"precious")
+    result = export(tiny_checkpoint, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{kept}, which the engine is built of, exists and is another model: give --force" in result.stderr
+    assert (kept.read_bytes(), plan.read_bytes()) == (b"precious", b"old")
+    assert export(tiny_checkpoint, *arguments, "--force").exit_code == 0
+    assert sha256(kept) == read_info(plan).onnx_sha256 == sha256(fp16.onnx)
 
 
 def test_fp32_engine(tiny_plan: Path, fp16: Any) -> None:
