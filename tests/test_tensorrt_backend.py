@@ -290,6 +290,11 @@ def test_torch_tensors_wait_on_the_gpu(
     assert isinstance(result, Tensor)
     values = array_at(result.__cuda_array_interface__["data"][0], image.shape)
     np.testing.assert_array_equal(values, reference(image, mask))
+    engine = TensorRtBackend(tiny_plan, zero_copy=True)
+    engine(Tensor(gpu, image), Tensor(gpu, mask))  # type: ignore[arg-type]
+    before = gpu.count("cudaStreamSynchronize"), gpu.count("cudaDeviceSynchronize")
+    engine(image, mask)  # writes where that one may still read, so waits for it, and for itself
+    assert gpu.count("cudaStreamSynchronize") == before[0] + 2
 
 
 def test_arrays_on_the_gpu_of_the_wrong_kind(gpu: FakeCudart, tiny_plan: Path) -> None:

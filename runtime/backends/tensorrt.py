@@ -325,6 +325,8 @@ class _Run:
     def on_cpu(self, image: Any, mask: Any) -> Tensor:
         """Return the finished picture for arrays on the CPU."""
         places = {name: self._pinned(name) for name in self.shapes}
+        if self._zero_copy:  # a call for torch's stream may still be at work in this memory
+            self._cuda.synchronize(self._stream)
         for name, array in zip(INPUTS, (image, mask), strict=True):
             np.copyto(self._view(name), np.asarray(array), casting="same_kind")
         self._compute(self._gpu if self._zero_copy else places)
