@@ -21,14 +21,14 @@ from typing import Any
 
 import click
 
-from misf.plugins.cli_support import command
-from misf.plugins.errors import MisfError
-from misf.plugins.files import written_whole
-from misf.training.checkpoint import load_checkpoint
-from misf.training.config import PRESETS
+from misf.plugins.shared.command import command
+from misf.plugins.shared.errors import MisfError
+from misf.plugins.shared.files import written_whole
 from misf.training.dataset import Pictures, picture_paths
-from misf.training.evaluate import Method, cases, evaluate, model_fill
-from misf.training.masks import BANDS, band_name
+from misf.training.judging.evaluate import Method, cases, evaluate, model_fill
+from misf.training.mask_drawing import BANDS, band_name
+from misf.training.model.checkpoint import load_checkpoint
+from misf.training.model.config import PRESETS
 from misf.training.recipe import ABLATIONS, RECIPES
 from misf.training.run_files import RunFolder
 
@@ -108,7 +108,9 @@ def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, An
         run.settings.unlink(missing_ok=True)  # stopped before its first state: from the start
     options += ["--output", folder, "--device", settings["device"]]
     log.info("%s", folder)
-    done = subprocess.run([sys.executable, "-m", "misf.training.cli", *map(str, options)], stdout=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "misf.training.train_cli", *map(str, options)], stdout=subprocess.DEVNULL
+    )
     if done.returncode:
         raise MisfError(f"the run in {folder} failed, see above: misf-train ended with exit code {done.returncode}")
 

@@ -7,15 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from misf.export.engine import EngineOptions, build_engine
+from misf.export.engine.builder import EngineOptions, build_engine
 from misf.export.exporter import export_onnx
-from misf.plugins.cli_support import one_line
-from misf.plugins.errors import MisfError
-from misf.runtime import accuracy
+from misf.plugins.shared.command import one_line
+from misf.plugins.shared.errors import MisfError
 from misf.runtime.backends import open_backend
-from misf.runtime.engine_info import Limits
-from misf.runtime.tensorrt_api import FLAVORS, installed
-from misf.training.checkpoint import build_model, load_checkpoint
+from misf.runtime.checks import accuracy
+from misf.runtime.engines.flavors import FLAVORS, installed
+from misf.runtime.engines.side_car import Limits
+from misf.training.model.checkpoint import build_model, load_checkpoint
 
 WEIGHTS = Path(__file__).parent.parent / "training" / "weights" / "misf-small.safetensors"
 LIMITS = Limits((1, 64, 64), (1, 256, 256), (2, 512, 512))
@@ -66,7 +66,7 @@ def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[s
 
 def _worst_layer(plan: Path) -> str:
     """Return what misf-verify --layers says, in a process of its own: Polygraphy takes one TensorRT a process."""
-    command = [sys.executable, "-c", "from misf.runtime.verify_cli import main; main()", plan, "--checkpoint"]
+    command = [sys.executable, "-c", "from misf.runtime.checks.verify_cli import main; main()", plan, "--checkpoint"]
     done = subprocess.run([*map(str, command), str(WEIGHTS), "--layers"], capture_output=True, text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("worst layer")]
     return (said or ["layers not compared: " + (done.stderr.splitlines() or ["no reason given"])[-1]])[0]

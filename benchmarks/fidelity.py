@@ -18,12 +18,12 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from misf.plugins.cli_support import command, misf_version
-from misf.plugins.files import written_whole
+from misf.plugins.shared.command import command, misf_version
+from misf.plugins.shared.files import written_whole
 from misf.training.dataset import Pictures, picture_paths
-from misf.training.evaluate import Case, Method, cases, centre_crop, document, evaluate, model_fill
-from misf.training.masks import BANDS, band_name, random_mask
-from misf.training.peers import PEERS
+from misf.training.judging.baselines import PEERS
+from misf.training.judging.evaluate import Case, Method, cases, centre_crop, document, evaluate, model_fill
+from misf.training.mask_drawing import BANDS, band_name, random_mask
 
 log = logging.getLogger("misf.benchmarks")
 

@@ -33,7 +33,7 @@ def unfolded(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 
 @contextlib.contextmanager
 def official_formulation() -> Iterator[None]:
     """Make `misf.training`'s network use `stacked` inside the block."""
-    from misf.training import network
+    from misf.training.model import network
 
     ours = network.dynamic_filter
     network.dynamic_filter = stacked
@@ -41,3 +41,16 @@ def official_formulation() -> Iterator[None]:
         yield
     finally:
         network.dynamic_filter = ours
+
+
+@contextlib.contextmanager
+def plain_norm() -> Iterator[None]:
+    """Make `misf.training`'s network use F.instance_norm for every layout inside the block."""
+    from misf.training.model import network
+
+    ours = network.norm_in_layout
+    network.norm_in_layout = F.instance_norm
+    try:
+        yield
+    finally:
+        network.norm_in_layout = ours

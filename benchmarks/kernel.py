@@ -1,23 +1,29 @@
 """How fast the dynamic filter itself is: time, bytes and GB/s against a measured copy, and against how others write it.
 
     python benchmarks/kernel.py                      # on the GPU, or on the CPU where there is none
-    python benchmarks/kernel.py --tune               # on a GPU: also other geometries of the kernels
+    python benchmarks/kernel.py --gradients without --batch 1 --batch 32
 
 Bytes are the floor: features, taps and output, each moved once; their time at the speed of a copy that is measured here
 is the least that any kernel could take. On a GPU every run is timed by CUDA events, after a write that flushes the L2;
-every result is compared with the reference in float64 before it is timed. Writes kernel-cuda.json and .md (or -cpu).
+every result is compared with the reference in float64 before it is timed. "Plugin" is the TensorRT plugin's kernel,
+built by nvcc and called without TensorRT. Writes kernel-cuda.json and .md (or -cpu).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
+import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from formulations import stacked, unfolded
 
-from misf.plugins.cli_support import command, one_line
-from misf.plugins.dynamic_filter import cuda, dynamic_filter
-from misf.plugins.errors import AccuracyError, EnvironmentMismatch
-from misf.plugins.files import written_whole
+from misf.plugins.dynamic_filter import dynamic_filter
+from misf.plugins.shared.command import command, one_line
+from misf.plugins.shared.errors import AccuracyError, EnvironmentMismatch
+from misf.plugins.shared.files import written_whole
 
 FLUSH_BYTES = 256 << 20  # more than any L2
 FLUSHES = 16  # so long that the run is in the queue before the GPU is done with them: no gap is timed
@@ -72,16 +78,12 @@ class Row:
     gb_per_s: float
     of_copy: float
     times_official: float = math.nan
-    note: str = ""
 
 
-def cases(device: str, batch: int | None) -> list[Case]:
-    """Return MISF's two uses of the op at 256x256; on a GPU in batches that leave its L2."""
-    gpu = device == "cuda"
-    return [
-        Case("features", batch or (64 if gpu else 1), 256, 64, 4),
-        Case("picture", batch or (128 if gpu else 1), 3, 256, 1),
-    ]
+def cases(device: str, batches: Sequence[int]) -> list[Case]:
+    """Return MISF's two uses of the op at 256x256; on a GPU also in batches that leave its L2."""
+    sizes = batches or ((1, 32) if device == "cuda" else (1,))
+    return [case for n in sizes for case in (Case("features", n, 256, 64, 4), Case("picture", n, 3, 256, 1))]
 
 
 class Timer:
@@ -128,39 +130,37 @@ def inputs(case: Case, dtype: torch.dtype, device: str, memory_format: torch.mem
     return made[0].to(memory_format=memory_format), made[1].to(memory_format=memory_format)
 
 
-def agrees(output: Tensor, features: Tensor, taps: Tensor, share: int) -> None:
-    """Compare the last image of a result with the reference in float64 on the CPU; NaN never passes."""
-    exact = dynamic_filter(features[-1:].double().cpu(), taps[-1:].double().cpu(), 3, share)
-    error = (output[-1:].double().cpu() - exact).norm() / exact.norm()
-    limit = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[output.dtype]
-    if not error <= limit:
-        raise AccuracyError(f"a result is wrong: relative error {error:.2e}, at most {limit:.0e} was expected")
+class Referee:
+    """The last image of a result, compared with the reference in float64 on the CPU."""
+
+    def __init__(self, features: Tensor, taps: Tensor, share: int) -> None:
+        self.exact = dynamic_filter(features[-1:].double().cpu(), taps[-1:].double().cpu(), 3, share)
+
+    def __call__(self, output: Tensor) -> None:
+        """Raise AccuracyError for a wrong result; NaN never passes."""
+        error = (output[-1:].double().cpu() - self.exact).norm() / self.exact.norm()
+        limit = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[output.dtype]
+        if not error <= limit:
+            raise AccuracyError(f"a result is wrong: relative error {error:.2e}, at most {limit:.0e} was expected")
 
 
-def padded_to_8(tensor: Tensor) -> Tensor:
-    """Return N,C,H,W values as N,H,W,C' with C' rounded up to 8, as in TensorRT's HWC8; the padding is NaN."""
-    n, channels, height, width = tensor.shape
-    padded = tensor.new_full((n, height, width, -(-channels // 8) * 8), math.nan)
-    padded[..., :channels] = tensor.permute(0, 2, 3, 1)
-    return padded
-
-
-def hwc8_run(case: Case, features: Tensor, taps: Tensor) -> tuple[Run, Callable[[], Tensor], int]:
-    """Return the kernel on HWC8 buffers, how to read its result, and its bytes, padding included."""
-    source, weights = padded_to_8(features), padded_to_8(taps)
-    written = torch.full_like(source, math.nan)
-    shape = cuda.call_shape(tuple(features.shape), 3, case.share)
-    shape.feature_stride = shape.output_stride = source.shape[3]
-    shape.tap_stride = weights.shape[3]
-    layout = cuda.Layout.CHANNELS_LAST
-
-    def run() -> None:
-        cuda.run(cuda.Pass.FORWARD, layout, source, weights, written, shape)
-
-    def result() -> Tensor:
-        return written[..., : case.channels].permute(0, 3, 1, 2)
-
-    return run, result, source.nbytes + weights.nbytes + written.nbytes
+def plugin_program(folder: Path) -> Path | None:
+    """Build plugin_kernel.cu for this GPU and return it; None, and a line, without nvcc."""
+    nvcc = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
+    if not Path(nvcc).is_file():
+        print("the plugin's kernels are not measured: nvcc was not found", file=sys.stderr)
+        return None
+    spec = importlib.util.find_spec("misf.plugins.dynamic_filter")
+    assert spec is not None
+    assert spec.origin is not None
+    sources, program = Path(spec.origin).parent, folder / "plugin_kernel"
+    major, minor = torch.cuda.get_device_capability()
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{major}{minor}", "-I", str(sources)]
+    command += [str(Path(__file__).with_name("plugin_kernel.cu")), str(sources / "launch.cu"), "-o", str(program)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise EnvironmentMismatch(f"nvcc did not build the plugin's kernels: {one_line(RuntimeError(result.stderr))}")
+    return program
 
 
 class Bench:
@@ -172,54 +172,69 @@ class Bench:
         self.copy = copy_gb_per_s(self.timer)
         self.rows: list[Row] = []
 
-    def measure(
-        self, case: Case, dtype: torch.dtype, layout: str, method: str, run: Run, moved: int, note: str = ""
-    ) -> Row:
+    def measure(self, case: Case, dtype: torch.dtype, layout: str, method: str, run: Run, moved: int) -> Row:
         """Time one method and add its row."""
-        time_ms, spread_ms = self.timer(run)
+        return self.add(case, dtype, layout, method, *self.timer(run), moved)
+
+    def add(
+        self, case: Case, dtype: torch.dtype, layout: str, method: str, time_ms: float, spread_ms: float, moved: int
+    ) -> Row:
+        """Add a row for a measured time."""
         speed = moved / time_ms / 1e6
         shape = f"{case.batch}x{case.channels}x{case.side}x{case.side}"
         name = str(dtype).removeprefix("torch.")
-        row = Row(
-            case.name, shape, name, layout, method, time_ms, spread_ms, moved, speed, speed / self.copy, note=note
-        )
+        row = Row(case.name, shape, name, layout, method, time_ms, spread_ms, moved, speed, speed / self.copy)
         self.rows.append(row)
-        print(f"{case.name:9} {name:9} {layout:13} {method:22} {time_ms:9.3f} ms {speed:8.1f} GB/s", file=sys.stderr)
+        print(f"{shape:16} {name:9} {layout:13} {method:24} {time_ms:9.4f} ms {speed:8.1f} GB/s", file=sys.stderr)
         return row
 
     def forward(self, case: Case, dtype: torch.dtype) -> None:
         """Measure ours in each layout and the others in NCHW; the official formulation is the yardstick."""
         start = len(self.rows)
         features, taps = inputs(case, dtype, self.device, torch.contiguous_format)
+        check = Referee(features, taps, case.share)
         moved = 2 * features.nbytes + taps.nbytes
-        for method, function in self._methods().items():
+        for method, function in self._methods(case, dtype).items():
             try:
-                agrees(function(features, taps, 3, case.share), features, taps, case.share)
                 run: Run = functools.partial(function, features, taps, 3, case.share)
+                check(run())
                 self.measure(case, dtype, "nchw", method, run, moved)
             except Exception as error:  # out of memory, torch.compile, ...: the others go on
                 if method == "ours" or isinstance(error, AccuracyError):
                     raise
                 print(f"{case.name} {method}: {type(error).__name__}: {one_line(error)[:200]}", file=sys.stderr)
-        last_features, last_taps = (t.to(memory_format=torch.channels_last) for t in (features, taps))
-        agrees(dynamic_filter(last_features, last_taps, 3, case.share), features, taps, case.share)
-        run = functools.partial(dynamic_filter, last_features, last_taps, 3, case.share)
+        last = [tensor.to(memory_format=torch.channels_last) for tensor in (features, taps)]
+        run = functools.partial(dynamic_filter, *last, 3, case.share)
+        check(run())
         self.measure(case, dtype, "channels_last", "ours", run, moved)
-        if self.device == "cuda" and dtype == torch.float16:
-            run, result, padded = hwc8_run(case, features, taps)
-            run()
-            agrees(result(), features, taps, case.share)
-            self.measure(case, dtype, "hwc8", "ours", run, padded, note="bytes with padding")
         official = next((row.time_ms for row in self.rows[start:] if row.method == "official"), math.nan)
         for row in self.rows[start:]:
             row.times_official = official / row.time_ms
 
-    def _methods(self) -> dict[str, Callable[..., Tensor]]:
+    def _methods(self, case: Case, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
         methods: dict[str, Callable[..., Tensor]] = {"ours": dynamic_filter, "official": stacked, "unfold": unfolded}
-        methods["official, torch.compile"] = torch.compile(stacked, dynamic=False)
-        if self.device == "cuda":
-            methods["ours, naive kernel"] = lambda f, t, k, s: cuda.forward(f, t, k, s, naive=True)
+        if dtype == torch.float16 and case.batch > 1:  # half a minute each: where the answer matters
+            methods["official, torch.compile"] = torch.compile(stacked, dynamic=False)
         return methods
+
+    def plugin(self, program: Path, case: Case) -> None:
+        """Measure the plugin's kernels in the three formats that it takes."""
+        formats = {
+            "linear_float": (torch.float32, 1),
+            "linear_half": (torch.float16, 1),
+            "hwc8_half": (torch.float16, 8),
+        }
+        for name, (dtype, multiple) in formats.items():
+            sides = (case.batch, case.channels, case.side, case.side, case.share, self.timer.repeats)
+            command = [str(program), name, *map(str, sides)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise EnvironmentMismatch(f"{name}: {one_line(RuntimeError(result.stderr))}")
+            time_ms, spread_ms = map(float, result.stdout.split())
+            channels = sum(-(-count // multiple) * multiple for count in (case.channels, case.taps, case.channels))
+            moved = channels * case.batch * case.side**2 * dtype.itemsize  # padding is moved too
+            layout = "hwc8" if multiple > 1 else "nchw"
+            self.add(case, dtype, layout, "plugin", time_ms, spread_ms, moved)
 
     def backward(self, case: Case, dtype: torch.dtype) -> None:
         """Measure both gradients; the floor: three tensors read, two written."""
@@ -241,53 +256,6 @@ class Bench:
         official = next((row.time_ms for row in self.rows[start:] if row.method.startswith("official")), math.nan)
         for row in self.rows[start:]:
             row.times_official = official / row.time_ms
-
-    def tune(self, case: Case) -> None:
-        """Measure other geometries of the two FP16 forward kernels; each must give the default's result to the bit."""
-        dtype, element = torch.float16, 2
-        for layout in cuda.Layout:
-            planar = layout is cuda.Layout.PLANAR
-            memory_format = torch.contiguous_format if planar else torch.channels_last
-            features, taps = inputs(case, dtype, self.device, memory_format)
-            expected = dynamic_filter(features, taps, 3, case.share)
-            written = torch.empty_like(features)
-            pointers = (features.data_ptr(), taps.data_ptr(), written.data_ptr())
-            shape = cuda.call_shape(tuple(features.shape), 3, case.share)
-            default = cuda.plan(cuda.Pass.FORWARD, layout, shape, dtype)
-            moved = 2 * features.nbytes + taps.nbytes
-            for call in geometries(default, case, element):
-                written.fill_(math.nan)
-                cuda.launch(call, pointers, features.device)
-                if not torch.equal(written, expected):
-                    raise AccuracyError(f"{call.kernel}: another geometry gives another result")
-                s = call.shape
-                method = f"{call.kernel.split('<')[1]} groups {1 << s.group_bits} columns {1 << s.column_bits}"
-                note = "default" if call == default else "tune"
-                run = functools.partial(cuda.launch, call, pointers, features.device)
-                self.measure(case, dtype, layout.name.lower(), method, run, moved, note)
-
-
-def geometries(default: cuda.Plan, case: Case, element: int) -> Iterator[cuda.Plan]:
-    """Yield the default plan, and others for the same call."""
-    yield default
-    wide = 16 // element
-    planar = "Planar" in default.kernel
-    for per_thread in (default.width,) if planar else (wide, 2 * wide, 4 * wide):
-        for group_bits in (0,) if planar else (1, 2, 3):
-            for column_bits in (2, 3, 4, 5):
-                if group_bits + column_bits > 8 or (not planar and default.width == 1):
-                    continue
-                shape = cuda.Shape.from_buffer_copy(default.shape)
-                shape.group_bits, shape.column_bits = group_bits, column_bits
-                columns = shape.width // default.width if planar else shape.width
-                shape.column_tiles = math.ceil(columns / (1 << column_bits))
-                shape.row_tiles = math.ceil(shape.height / (cuda.THREADS >> (group_bits + column_bits)))
-                groups = default.grid[1] if planar else math.ceil(case.channels / (per_thread << group_bits))
-                grid = (shape.column_tiles * shape.row_tiles * shape.batch, groups)
-                kernel = default.kernel
-                if not planar:
-                    kernel = f"misf::forwardChannelsLast<__half, 3, {case.share}, {per_thread}, {wide}>"
-                yield replace(default, shape=shape, kernel=kernel, grid=grid)
 
 
 def markdown(rows: list[Row], copy: float, machine: dict[str, Any]) -> str:
@@ -313,7 +281,7 @@ def markdown(rows: list[Row], copy: float, machine: dict[str, Any]) -> str:
 
 def describe(device: str) -> dict[str, Any]:
     """Return what identifies the machine."""
-    from misf.runtime.doctor import machine
+    from misf.runtime.checks.doctor import machine
 
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if device == "cuda":
@@ -331,16 +299,19 @@ def describe(device: str) -> dict[str, Any]:
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @click.option("--repeats", type=click.IntRange(min=3), default=30, show_default=True)
 @click.option(
-    "--batch", type=click.IntRange(min=1), help="Pictures per call.  [default: 64 and 128 on a GPU, 1 on a CPU]"
+    "--batch",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Pictures per call, may be repeated.  [default: 1 and 32 on a GPU, 1 on a CPU]",
 )
-@click.option("--tune", is_flag=True, help="Also time other geometries of the kernels.")
+@click.option("--gradients", type=click.Choice(["with", "without", "only"]), default="with", show_default=True)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path(__file__).parent / "results",
     help="Folder for kernel-DEVICE.json and .md.  [default: benchmarks/results]",
 )
-def main(device: str, repeats: int, batch: int | None, tune: bool, output: Path) -> None:
+def main(device: str, repeats: int, batch: tuple[int, ...], gradients: str, output: Path) -> None:
     """Time the dynamic filter and print the table.
 
     \b
@@ -349,23 +320,23 @@ def main(device: str, repeats: int, batch: int | None, tune: bool, output: Path)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentMismatch("no NVIDIA GPU that torch can use; --device cpu measures the reference")
-    if device == "cuda" and not cuda.available():
-        raise EnvironmentMismatch("the kernels cannot be compiled here: pip install 'misf[cuda]'")
-    if tune and device != "cuda":
-        raise click.UsageError("--tune needs a GPU")
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise EnvironmentMismatch("our kernels cannot be compiled here: pip install triton")
     torch.manual_seed(0)
     bench = Bench(device, repeats)
     machine = describe(device)
-    for case in cases(device, batch):
-        for dtype in TYPES[device]:
-            bench.forward(case, dtype)
-            bench.backward(case, dtype)
-            table = write(bench, machine, output)  # at once: what comes later may fail, or run out of time
-    if tune:
+    with tempfile.TemporaryDirectory() as folder:
+        program = plugin_program(Path(folder)) if device == "cuda" and gradients != "only" else None
         for case in cases(device, batch):
-            bench.tune(case)
-        table = write(bench, machine, output)
-    click.echo(table)
+            if program is not None:
+                bench.plugin(program, case)
+            for dtype in TYPES[device]:
+                if gradients != "only":
+                    bench.forward(case, dtype)
+                if gradients != "without":
+                    bench.backward(case, dtype)
+                write(bench, machine, output)  # at once: what comes later may fail, or run out of time
+    click.echo(write(bench, machine, output))
 
 
 def write(bench: Bench, machine: dict[str, Any], folder: Path) -> str:

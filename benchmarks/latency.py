@@ -28,8 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from misf.runtime import accuracy
-from misf.runtime.doctor import gpus, machine, versions
+from misf.runtime.checks import accuracy
+from misf.runtime.checks.doctor import gpus, machine, versions
 
 Inpaint = accuracy.Inpaint
 BASELINE = "PyTorch eager, official formulation"
@@ -40,8 +40,8 @@ def random_checkpoint(folder: Path) -> Path:
     import torch
 
     from misf.training import PRESETS
-    from misf.training.checkpoint import save_checkpoint
-    from misf.training.network import InpaintingNetwork
+    from misf.training.model.checkpoint import save_checkpoint
+    from misf.training.model.network import InpaintingNetwork
 
     torch.manual_seed(0)
     network = InpaintingNetwork(PRESETS["misf"])
@@ -52,7 +52,7 @@ def random_checkpoint(folder: Path) -> Path:
 
 def export(checkpoint: Path, folder: Path) -> Path:
     from misf.export.exporter import export_onnx
-    from misf.training.checkpoint import load_checkpoint
+    from misf.training.model.checkpoint import load_checkpoint
 
     return export_onnx(load_checkpoint(checkpoint), folder / "model.onnx").path
 
@@ -188,7 +188,11 @@ def table(size: str, rows: dict[str, dict[str, float | None]]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path, what: str = "one picture") -> None:
-    import matplotlib as mpl
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        print(f"{path.name} is not drawn: pip install matplotlib", file=sys.stderr)
+        return
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
@@ -227,7 +231,7 @@ def run_on_gpu(arguments: argparse.Namespace) -> Path:
             arguments.batch,
             arguments.rounds,
             arguments.warm_up,
-            not arguments.no_compile,
+            arguments.compile,
         ):
             results[title], floors[title] = rows, floor
             document = {"machine": about, "packages": packages, "settings": settings, "floor_ms": floors}
@@ -242,6 +246,24 @@ def run_on_gpu(arguments: argparse.Namespace) -> Path:
             print(tables[-1], file=sys.stderr, flush=True)
     plot(results, folder / "latency-cuda.png", "GPU")
     return folder / "latency-cuda.md"
+
+
+def run_profile(arguments: argparse.Namespace) -> Path:
+    """Profile the first size and batch, write the table and return its file."""
+    import latency_gpu
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device == "auto" else arguments.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("latency.py: no NVIDIA GPU that torch can use; --device cpu profiles the CPU")
+    size = next(sizes_of(arguments.size))
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = arguments.checkpoint or random_checkpoint(Path(temporary))
+        text = latency_gpu.profile(checkpoint, size, arguments.batch[0], device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path: Path = arguments.output / f"profile-{device}-{arguments.batch[0]}x{size[0]}x{size[1]}.txt"
+    path.write_text(text + "\n")
+    return path
 
 
 def write_report(results: dict[str, Any], settings: dict[str, Any], folder: Path) -> Path:
@@ -269,7 +291,8 @@ def main() -> None:
     parser.add_argument("--backend", nargs="+", help="only those whose name contains one of these, and the baseline")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where one is")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures at once, GPU only")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, GPU only")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, which takes minutes; GPU only")
+    parser.add_argument("--profile", action="store_true", help="instead: torch.profiler's table of the GPU's kernels")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latency"), help="folder")
@@ -277,6 +300,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, *next(sizes_of(arguments.size)), arguments.checkpoint, arguments.onnx)
+        return
+    if arguments.profile:
+        print(run_profile(arguments))
         return
     if arguments.device == "cuda" or (arguments.device == "auto" and gpus()):
         print(run_on_gpu(arguments))

@@ -16,18 +16,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from formulations import official_formulation
+from formulations import official_formulation, plain_norm
 from torch import Tensor
 
-from misf.plugins.cli_support import one_line
-from misf.plugins.errors import MisfError
-from misf.runtime import accuracy
+from misf.plugins.shared.command import one_line
+from misf.plugins.shared.errors import MisfError
 
 BASELINE = "PyTorch eager fp32, official formulation"
 GFLOP_AT_256 = 261.0  # of the published sizes, one picture of 256x256
@@ -45,19 +45,20 @@ class Way:
 
 
 def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
-    """Return PyTorch's ways. On a CPU (for the tests of this file) only those in float32."""
+    """Return PyTorch's ways; with `compiled` torch.compile's alone, for it takes minutes.
+
+    On a CPU (for the tests of this file) only those in float32 and NCHW.
+    """
     from misf.training import load_model
 
-    def network(half: bool) -> Any:
-        made = load_model(checkpoint).to(device)
-        return made.half().to(memory_format=torch.channels_last) if half else made
-
-    def eager(half: bool = False, official: bool = False) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
+    def eager(
+        setting: Setting, inside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
         def make(image: Tensor, mask: Tensor) -> Callable[[], Any]:
-            run, pictures = network(half), prepared(image, mask, half)
+            run, pictures = setting(load_model(checkpoint).to(device)), prepared(image, mask, setting)
 
             def call() -> Tensor:
-                with official_formulation() if official else contextlib.nullcontext(), torch.inference_mode():
+                with inside(), torch.inference_mode():
                     result: Tensor = run(*pictures)
                     return result
 
@@ -65,25 +66,46 @@ def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
 
         return make
 
-    ways = [
-        Way(BASELINE, eager(official=True)),
-        Way("PyTorch eager fp32, our filter", eager()),
-    ]
-    if device == "cpu":
-        return ways
-    ways += [
-        Way("PyTorch eager fp16 channels-last, official formulation", eager(half=True, official=True)),
-        Way("PyTorch eager fp16 channels-last, our filter", eager(half=True)),
-        Way("PyTorch fp16 channels-last, our filter, CUDA graph", lambda i, m: graphed(eager(half=True)(i, m))),
-    ]
-    if compiled:
-
-        def compile_it(image: Tensor, mask: Tensor) -> Callable[[], Any]:
-            run, pictures = torch.compile(network(True), dynamic=False), prepared(image, mask, True)
+    def compile_it(setting: Setting) -> Callable[[Tensor, Tensor], Callable[[], Any]]:
+        def make(image: Tensor, mask: Tensor) -> Callable[[], Any]:
+            network = setting(load_model(checkpoint).to(device))
+            run, pictures = torch.compile(network, dynamic=False), prepared(image, mask, setting)
             return lambda: _inferred(run, pictures)
 
-        ways.append(Way("torch.compile fp16 channels-last, our filter", compile_it))
+        return make
+
+    plain, half = Setting(torch.float32, False), Setting(torch.float16, True)
+    baseline = Way(BASELINE, eager(plain, official_formulation))
+    if compiled:
+        return [baseline, Way(f"torch.compile {half}, our filter", compile_it(half))]
+    if device == "cpu":
+        return [baseline, Way(f"PyTorch eager {plain}, our filter", eager(plain))]
+    settings = [Setting(dtype, last) for dtype in (torch.float32, torch.float16, torch.bfloat16) for last in (0, 1)]
+    ways = [baseline, Way(f"PyTorch eager {half}, official formulation", eager(half, official_formulation))]
+    ways += [Way(f"PyTorch eager {setting}, our filter", eager(setting)) for setting in settings]
+    ours, old_norm = eager(half), eager(half, plain_norm)
+    ways += [
+        Way(f"PyTorch {half}, our filter, CUDA graph", lambda i, m: graphed(ours(i, m))),
+        Way(f"PyTorch {half}, our filter, F.instance_norm, CUDA graph", lambda i, m: graphed(old_norm(i, m))),
+    ]
     return ways
+
+
+@dataclass(frozen=True)
+class Setting:
+    """In which type and memory layout a network works."""
+
+    dtype: torch.dtype
+    channels_last: bool | int
+
+    def __str__(self) -> str:
+        name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+        return f"{name} channels-last" if self.channels_last else name
+
+    def __call__(self, made: Any) -> Any:
+        """Return a network or tensor in this type and layout."""
+        last = torch.channels_last if self.channels_last else torch.contiguous_format
+        return made.to(dtype=self.dtype, memory_format=last)
 
 
 def _inferred(run: Any, pictures: tuple[Tensor, Tensor]) -> Any:
@@ -91,11 +113,9 @@ def _inferred(run: Any, pictures: tuple[Tensor, Tensor]) -> Any:
         return run(*pictures)
 
 
-def prepared(image: Tensor, mask: Tensor, half: bool) -> tuple[Tensor, Tensor]:
-    """Return the pictures as a network of that type takes them."""
-    if not half:
-        return image, mask
-    return image.half().to(memory_format=torch.channels_last), mask.half().to(memory_format=torch.channels_last)
+def prepared(image: Tensor, mask: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Return the pictures as a network of that setting takes them."""
+    return setting(image), setting(mask)
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -119,7 +139,8 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def backend_ways(files: dict[str, Path]) -> list[Way]:
     """Return the ways of ONNX files (on ONNX Runtime's CUDA provider) and engines; name -> file."""
-    from misf.runtime.backends import ENGINES, open_backend
+    from misf.runtime.backends import open_backend
+    from misf.runtime.backends.contract import ENGINES
     from misf.runtime.backends.onnx_runtime import has_cuda
     from misf.runtime.backends.tensorrt import TensorRtBackend
 
@@ -155,12 +176,12 @@ def _onnx(open_backend: Any, file: Path, host: Any) -> Callable[[Tensor, Tensor]
 
 def engines(onnx_files: dict[str, Path], folder: Path, sizes: list[tuple[int, int]], batch: int) -> dict[str, Path]:
     """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are told."""
-    from misf.runtime.tensorrt_api import installed
+    from misf.runtime.engines.flavors import installed
 
     if not installed("tensorrt"):
         return {}
-    from misf.export.engine import EngineOptions, build_engine
-    from misf.runtime.engine_info import Limits
+    from misf.export.engine.builder import EngineOptions, build_engine
+    from misf.runtime.engines.side_car import Limits
 
     low, high = (
         (min(h for h, _ in sizes), min(w for _, w in sizes)),
@@ -181,9 +202,12 @@ def engines(onnx_files: dict[str, Path], folder: Path, sizes: list[tuple[int, in
 
 
 def pictures(height: int, width: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return photographs N,3,H,W and masks N,1,H,W on the device."""
-    image, mask = next(accuracy.cases(accuracy.load_photographs(), [(batch, height, width)]))
-    return torch.from_numpy(image).to(device), torch.from_numpy(mask).to(device)
+    """Return smooth random pictures N,3,H,W and masks N,1,H,W with a hole in the middle, on the device."""
+    noise = torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = torch.nn.functional.interpolate(noise, size=(height, width), mode="bilinear")
+    mask = torch.zeros(batch, 1, height, width)
+    mask[:, :, height // 4 : height // 2, width // 4 : width // 2] = 1
+    return image.to(device), mask.to(device)
 
 
 def milliseconds(call: Callable[[], Any], events: bool) -> float:
@@ -248,9 +272,9 @@ def measure(ways: list[Way], image: Tensor, mask: Tensor, rounds: int, warm_up: 
     return rows
 
 
-def matrix_tflops(side: int = 8192, repeats: int = 10) -> float:
-    """Return the rate of an fp16 matrix product on this GPU, in TFLOP/s."""
-    a, b = (torch.randn(side, side, device="cuda", dtype=torch.float16) for _ in range(2))
+def matrix_tflops(dtype: torch.dtype = torch.float16, side: int = 8192, repeats: int = 10) -> float:
+    """Return the rate of a matrix product on this GPU, in TFLOP/s."""
+    a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b
     times = [milliseconds(lambda: a @ b, events=True) for _ in range(repeats)]
@@ -310,21 +334,37 @@ def run_all(
         others = importlib.util.find_spec("onnxscript") and (_has_ort_cuda() or importlib.util.find_spec("tensorrt"))
         if others:
             from misf.export.exporter import export_onnx
-            from misf.training.checkpoint import load_checkpoint
+            from misf.training.model.checkpoint import load_checkpoint
 
             for precision in ("fp32", "fp16"):
                 onnx_files[precision] = Path(folder) / f"{precision}.onnx"
                 export_onnx(load_checkpoint(checkpoint), onnx_files[precision], precision)
         files = {**onnx_files, **engines(onnx_files, Path(folder), sizes, max(batches))}
-        first = True
         for height, width in sizes:
             for batch in batches:
-                # torch.compile takes a minute for each shape: one is enough to compare.
-                ways = torch_ways(checkpoint, "cuda", compiled and first) + backend_ways(files)
+                ways = torch_ways(checkpoint, "cuda", compiled) + backend_ways(files)
                 rows = measure(ways, *pictures(height, width, batch, "cuda"), rounds, warm_up)
                 yield f"{batch} x {height}x{width}", rows, floor_ms(height, width, batch, tflops)
-                first = False
                 torch.cuda.empty_cache()
+
+
+def profile(checkpoint: Path, size: tuple[int, int], batch: int, device: str = "cuda") -> str:
+    """Return torch.profiler's table of the network's kernels in fp16 channels-last (on a CPU: fp32), longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    wanted = "PyTorch eager fp16 channels-last, our filter" if device == "cuda" else "PyTorch eager fp32, our filter"
+    way = next(way for way in torch_ways(checkpoint, device, False) if way.name == wanted)
+    call = way.make(*pictures(*size, batch, device))
+    for _ in range(3):
+        call()
+    with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as found:
+        for _ in range(5):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    order = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return str(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90))
 
 
 def _has_ort_cuda() -> bool:

@@ -3,12 +3,12 @@
     python benchmarks/training_step.py --config misf --size 128 --batch 4
 
 `misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last on a GPU, a filter whose backward
-keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `saving memory`:
-the same with --save-memory. `bf16`: the same with --precision bf16; only where the device computes in bfloat16.
+keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `misf, bf16`: the
+same with --precision bf16; only where the device computes in bfloat16.
 `plain`: the same networks and losses in the published code's order of operations, in float32: NCHW, nine shifted copies
-stacked and multiplied by the expanded taps, decoders that concatenate their inputs, the discriminator called once each
-for true, predicted and passing pictures. Every measurement is a process of its own, the variants taking turns; medians
-of the steps' times, the peak of the process's memory less what it took before the first step.
+stacked and multiplied by the expanded taps, the discriminator called once each for true, predicted and passing
+pictures. Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the peak of
+the process's memory less what it took before the first step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-VARIANTS = {  # precision, whether saving memory
-    "plain": ("32-true", False),
-    "misf": ("32-true", False),
-    "misf, saving memory": ("32-true", True),
-    "misf, bf16": ("bf16-mixed", False),
-    "misf, bf16, saving memory": ("bf16-mixed", True),
-}
+VARIANTS = {"plain": "32-true", "misf": "32-true", "misf, bf16": "bf16-mixed"}
+"""Name -> Fabric's precision."""
 
 
 def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 1) -> Tensor:
@@ -46,19 +41,13 @@ def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: in
     return (torch.stack(copies, dim=2) * expanded).sum(dim=2)
 
 
-def plain_join(conv: torch.nn.Conv2d, x: Tensor, y: Tensor) -> Tensor:
-    """Return the convolution of both tensors' channels."""
-    result: Tensor = conv(torch.cat([x, y], dim=1))
-    return result
-
-
 def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
     """Return the step in the published code's order of operations; changes the modules of this process to that end."""
-    from misf.training import losses, network
+    from misf.training import losses
     from misf.training.discriminator import PatchDiscriminator
+    from misf.training.model import network
 
-    network.dynamic_filter, network._of_both = plain_filter, plain_join
-    network.InstanceNorm.forward = lambda _self, x: F.instance_norm(x)
+    network.dynamic_filter = plain_filter
     generator = network.InpaintingNetwork(config.network)
     network.initialize(generator)
     for module in generator.modules():
@@ -87,15 +76,11 @@ def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
-def our_step(config: Any, precision: str, save_memory: bool) -> Callable[[Tensor, Tensor], None]:
+def our_step(config: Any, precision: str) -> Callable[[Tensor, Tensor], None]:
     """Return the step of misf-train."""
-    from misf.training.heap import prefer_huge_pages
-
-    if save_memory:
-        prefer_huge_pages()
     from misf.training.trainer import Trainer, make_fabric
 
-    trainer = Trainer(config, make_fabric("auto", precision), save_memory=save_memory)
+    trainer = Trainer(config, make_fabric("auto", precision))
     device = trainer.fabric.device
 
     def step(image: Tensor, mask: Tensor) -> None:
@@ -109,11 +94,11 @@ def measure(variant: str, name: str, size: int, batch: int, steps: int) -> dict[
     """Return one process's median seconds per step and peak memory in MB."""
     from dataclasses import replace
 
-    from misf.training.config import PRESETS
+    from misf.training.model.config import PRESETS
     from misf.training.recipe import RECIPES
 
     config = replace(RECIPES["paper"].without_vgg(), network=PRESETS[name], crop=size, batch=batch, ema_decay=0.999)
-    step = plain_step(config) if variant == "plain" else our_step(config, *VARIANTS[variant])
+    step = plain_step(config) if variant == "plain" else our_step(config, VARIANTS[variant])
     image = torch.rand(batch, 3, size, size)
     mask = (torch.rand(batch, 1, size // 8, size // 8) > 0.7).float()
     mask = F.interpolate(mask, size=(size, size))
@@ -148,7 +133,7 @@ def main(name: str, size: int, batch: int, steps: int, rounds: int, output: Path
     from misf.training.trainer import computes_bf16
 
     with_bf16 = torch.cuda.is_available() or computes_bf16()
-    variants = [variant for variant, (precision, _) in VARIANTS.items() if with_bf16 or precision == "32-true"]
+    variants = [variant for variant, precision in VARIANTS.items() if with_bf16 or precision == "32-true"]
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     sizes = ["--config", name, "--size", str(size), "--batch", str(batch), "--steps", str(steps)]
     for _ in range(rounds):

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from ..plugins.errors import AccuracyError
-from ..plugins.files import sha256, written_whole
-from ..runtime import accuracy
+from ..plugins.shared.errors import AccuracyError
+from ..plugins.shared.files import sha256, written_whole
 from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
-from ..training.checkpoint import Checkpoint, build_model
-from ..training.network import InpaintingNetwork, network_input
+from ..runtime.checks import accuracy
+from ..training.model.checkpoint import Checkpoint, build_model
+from ..training.model.network import InpaintingNetwork, network_input
 from .onnx_model import complete_model, core_model
 from .precision import RANGE_LIMIT, float32_layers, float_types, to_float16, value_ranges
 

@@ -20,8 +20,8 @@ from onnx import ModelProto, NodeProto, helper, parser
 from torch import Tensor, nn
 
 from ..plugins.dynamic_filter import onnx_op
-from ..training.config import NetworkConfig
-from ..training.network import InpaintingNetwork
+from ..training.model.config import NetworkConfig
+from ..training.model.network import InpaintingNetwork
 
 IR_VERSION = 10
 """Read by ONNX Runtime 1.19 and by TensorRT 10.3's parser."""

@@ -7,8 +7,8 @@ import re
 
 import click
 
-from .cli_support import Command, command, print_json
-from .errors import EnvironmentMismatch, MisfError
+from .shared.command import Command, command, print_json
+from .shared.errors import EnvironmentMismatch, MisfError
 
 
 class _Group(Command, click.Group):
@@ -63,7 +63,7 @@ def build_command(
     \b
     Example: misf-plugin build --fetch-headers 10.13
     """
-    from . import library
+    from .dynamic_filter.tensorrt import library
 
     if tensorrt_root and fetch_headers:
         raise click.UsageError("--tensorrt-root and --fetch-headers exclude each other")
@@ -86,7 +86,7 @@ def path_command(major: int | None, self_registering: bool) -> None:
     \b
     Example: trtexec --onnx=model.onnx --stronglyTyped --dynamicPlugins=$(misf-plugin path)
     """
-    from . import library
+    from .dynamic_filter.tensorrt import library
 
     click.echo(library.find_library(major or _installed_major(), self_registering=self_registering))
 
@@ -100,7 +100,7 @@ def info_command(libraries: tuple[str, ...], as_json: bool) -> None:
     \b
     Example: misf-plugin info --json
     """
-    from . import library
+    from .dynamic_filter.tensorrt import library
 
     infos = [library.read_info(path) for path in libraries] if libraries else list(library.installed_libraries())
     if as_json:

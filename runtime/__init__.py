@@ -1,19 +1,37 @@
-"""Running a model on pictures."""
+"""Running a model on pictures: `Inpainter`, `open_backend` for arrays, and what both raise.
+
+inpainter.py   the Python API
+jobs.py        which picture goes with which mask and output
+fill_file.py   one picture file: read, filled, written
+run_cli.py     misf-run
+memory.py      whether a run fits into memory
+pictures/      files, masks, crops, without any model
+backends/      one module per way of running a model
+engines/       what TensorRT engines need
+checks/        misf-verify and misf-doctor
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .inpainter import Inpainter
+from ..plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
 
-__all__ = ["Inpainter"]
+if TYPE_CHECKING:
+    from .backends import open_backend
+    from .inpainter import FillReport, Inpainter
+
+__all__ = ["AccuracyError", "EnvironmentMismatch", "FillReport", "Inpainter", "MisfError", "open_backend"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import Inpainter when it is first asked for, so that commands start without NumPy and Pillow."""
-    if name == "Inpainter":
-        from .inpainter import Inpainter
+    """Import what needs NumPy and Pillow when it is first asked for, so that commands start without them."""
+    if name in ("FillReport", "Inpainter"):
+        from . import inpainter
 
-        return Inpainter
+        return getattr(inpainter, name)
+    if name == "open_backend":
+        from .backends import open_backend
+
+        return open_backend
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

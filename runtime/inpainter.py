@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..plugins.cli_support import one_line
-from ..plugins.errors import MisfError
-from .backends import Backend, open_backend
-from .canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
-from .crops import Crop, Mask, Size, chosen_strategy, fit, plan_crops
-from .engine_info import Limits
-from .masks import check_mask, mask_from_array, mask_from_image
+from ..plugins.shared.command import one_line
+from ..plugins.shared.errors import MisfError
+from .backends import open_backend
+from .backends.contract import Backend
 from .memory import available_bytes, least_bytes
+from .pictures.canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
+from .pictures.crops import Crop, chosen_strategy, fit, plan_crops
+from .pictures.geometry import Mask, Size
+from .pictures.masks import check_mask, mask_from_array, mask_from_image
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Inpainter:
         plan_crops(np.zeros((1, 1), np.bool_), strategy, working_size, margin)  # a bad setting ends here, at once
         self.strategy, self.working_size, self.margin = strategy, working_size, margin
         self.backend: Backend = open_backend(model, backend, device, precision, threads)
-        self._limits: Limits | None = getattr(self.backend, "limits", None)
+        self._limits = self.backend.limits
 
     def inpaint(self, image: Picture_, mask: Any) -> Picture_:
         """Return the picture with its holes filled, as the kind that came; pixels outside the hole are equal.

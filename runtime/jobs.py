@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .image_io import FORMATS, output_format
+from .pictures.image_io import FORMATS, output_format
 
 MASK_NAME = re.compile(r"(.+)_mask\d*")  # LaMa's pairs: x.png and x_mask001.png side by side
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .crops import Size
+from .pictures.geometry import Size
 
 # Full-resolution channels alive at once, in units of the network's width. Measured on the full-size network at
 # 1024x1024: 12 with ONNX Runtime, 6 with OpenVINO. A lower bound, so that nothing is refused that would have run.

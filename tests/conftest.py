@@ -46,8 +46,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from misf.training import PRESETS
-    from misf.training.checkpoint import save_checkpoint
-    from misf.training.network import InpaintingNetwork, initialize
+    from misf.training.model.checkpoint import save_checkpoint
+    from misf.training.model.network import InpaintingNetwork, initialize
 
     generator = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The same as an ONNX file, float32."""
     pytest.importorskip("onnxscript")
     from misf.export.exporter import export_onnx
-    from misf.training.checkpoint import load_checkpoint
+    from misf.training.model.checkpoint import load_checkpoint
 
     path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
     export_onnx(load_checkpoint(tiny_checkpoint), path)
@@ -78,8 +78,8 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def tiny_plan(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as an engine of TensorRT for RTX, really built, for 1 to 2 pictures of 32x40 to 96x128."""
     pytest.importorskip("tensorrt_rtx")
-    from misf.export.engine import EngineOptions, build_engine
-    from misf.runtime.engine_info import Limits
+    from misf.export.engine.builder import EngineOptions, build_engine
+    from misf.runtime.engines.side_car import Limits
 
     path = tmp_path_factory.mktemp("engine") / "tiny.plan"
     limits = Limits((1, 32, 40), (2, 64, 64), (2, 96, 128))

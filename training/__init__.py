@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .config import PRESETS, NetworkConfig
+from .model.config import PRESETS, NetworkConfig
 
 if TYPE_CHECKING:
-    from .checkpoint import load_model
+    from .model.checkpoint import load_model
 
 __all__ = ["PRESETS", "NetworkConfig", "load_model"]
 
 
 def __getattr__(name: str) -> object:
     if name == "load_model":  # torch only when it is needed: --help does not
-        from .checkpoint import load_model
+        from .model.checkpoint import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..plugins.errors import MisfError
-from .masks import Mask
+from ..plugins.shared.errors import MisfError
+from .mask_drawing import Mask
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..plugins.errors import MisfError
+from ..plugins.shared.errors import MisfError
 from .recipe import ADVERSARIAL
 
 

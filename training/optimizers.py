@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     A weight is the matrix of its first dimension and all others; its step is the momentum's nearest orthogonal matrix,
     or nearly: all but its smallest singular values are raised to about 1. As torch.optim.Muon, which takes matrices
     only and computes in bfloat16: on a CPU without it that takes as long as the network. On matrices both agree
-    (tests/test_optimizers.py).
+    (tests/training/test_optimizers.py).
 
     Args:
         weights: to train.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plugins.errors import MisfError
-from ..plugins.files import written_whole
+from ..plugins.shared.errors import MisfError
+from ..plugins.shared.files import written_whole
 
 log = logging.getLogger(__name__)
 

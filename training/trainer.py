@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import math
 import os
@@ -18,20 +19,18 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from ..plugins.errors import EnvironmentMismatch, MisfError
+from ..plugins.shared.errors import EnvironmentMismatch, MisfError
 from . import losses
-from .checkpoint import save_checkpoint
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
-from .heap import keep_freed_memory, keep_heap_small, trim_heap
-from .network import InpaintingNetwork, composite, initialize
+from .model.checkpoint import save_checkpoint
+from .model.network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .run_files import RunFolder, RunLog
-from .winograd import release_scratch, use_winograd
 
 log = logging.getLogger(__name__)
 
@@ -76,19 +75,6 @@ def computes_bf16() -> bool:
     return not has or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
 
 
-def end_processes(fabric: Fabric) -> None:
-    """Take leave of the other processes, all at once: one whose peer is gone already may abort at its exit."""
-    if fabric.world_size > 1 and torch.distributed.is_initialized():
-        fabric.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def _release_scratch_before(_module: nn.Module, _inputs: Any, result: Tensor) -> None:
-    """Hook: release scratch memory when a module's backward pass begins. The head needs none, and is at the peak."""
-    if result.requires_grad:
-        result.register_hook(lambda _gradient: release_scratch())  # type: ignore[no-untyped-call]
-
-
 class StepSampler(Sampler[int]):
     """The sample numbers of one process, from step `start` to the end: a slice of each step's batch."""
 
@@ -118,7 +104,6 @@ class Trainer:
         fabric: from `make_fabric`.
         vgg: frozen VGG-19, when the recipe compares its features.
         weights: what the generator starts from, instead of random weights.
-        save_memory: keep less for the backward pass; same numbers (`InpaintingNetwork.save_memory`).
 
     """
 
@@ -129,11 +114,10 @@ class Trainer:
         *,
         vgg: losses.Vgg19 | None = None,
         weights: dict[str, Tensor] | None = None,
-        save_memory: bool = False,
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
-        self.config, self.fabric, self.step, self.save_memory = config, fabric, 0, save_memory
+        self.config, self.fabric, self.step = config, fabric, 0
         # On CPUs channels-last makes the wide convolutions' backward slower (AVX2) or gains nothing (AVX-512).
         on_gpu = fabric.device.type == "cuda"
         self.layout = torch.channels_last if on_gpu else torch.contiguous_format
@@ -145,25 +129,31 @@ class Trainer:
         network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.network = network
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
-        if fabric.device.type == "cpu":
-            keep_freed_memory()
-        if save_memory:
-            network.save_memory()
-            if fabric.device.type == "cpu":
-                keep_heap_small(network.stages())
-                network.head.register_forward_hook(_release_scratch_before)
-        if fabric.device.type == "cpu":
-            use_winograd(network)
         optimizers = make_optimizers(network, config)
         self.generator, *wrapped = fabric.setup(network, *(optimizer for optimizer, _ in optimizers))
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
+        self.discriminator_optimizer: Any = None
         if config.adversarial:
             judge = PatchDiscriminator().to(memory_format=self.layout)  # type: ignore[call-overload]
             rate = config.learning_rate * config.discriminator_rate
             judging = torch.optim.Adam(judge.parameters(), rate, betas=config.betas, fused=True)
             self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
+
+    def close(self) -> None:
+        """Drop the networks and shut the process group down on all ranks together; the trainer is of no use afterwards.
+
+        A rank that exits early can make its peers abort. And the networks go first: DDP's reducer, which they keep,
+        owns the group's threads, and joins them under the interpreter's lock if it is left to the process's exit.
+        """
+        if self.fabric.world_size == 1 or not torch.distributed.is_initialized():
+            return
+        del self.generator, self.network, self.average, self.optimizers, self.vgg
+        del self.discriminator, self.discriminator_optimizer
+        gc.collect()
+        self.fabric.barrier()
+        torch.distributed.destroy_process_group()
 
     def batches(self, samples: TrainingSamples, workers: int = 0) -> Iterator[Batch]:
         """Yield this process's part of every batch from the present step on, one per accumulated pass."""
@@ -209,27 +199,16 @@ class Trainer:
         """Add the gradients of one batch to both networks: one forward of the generator, two of the discriminator."""
         share = 1 / self.config.accumulate
         with self._no_sync(self.generator, not last):
-            self._trim()
             prediction = self.generator(image, mask)
-            if self.save_memory:
-                release_scratch()  # now that most is kept for the backward pass
-            self._trim()
             found: Numbers = {}
             real_features = None
             if self.discriminator is not None:
                 found["discriminator"], real_features = self._judge(prediction.detach(), image, share, last)
-                self._trim()
             terms = self._generator_terms(prediction, image, mask, real_features)
-            del real_features
-            self._trim()
             weights = self.config.weights
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
             self.fabric.backward(total * share)
         return {**found, **terms, "total": total}
-
-    def _trim(self) -> None:
-        if self.save_memory:
-            trim_heap()
 
     def _judge(self, fake: Tensor, image: Tensor, share: float, last: bool) -> tuple[Tensor, list[Tensor]]:
         """Add the discriminator's gradients, true and predicted in one batch; return its loss, features of the true."""

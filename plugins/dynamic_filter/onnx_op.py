@@ -145,7 +145,7 @@ def attach_function(model: ModelProto) -> None:
 def one_node_model(channels: int, kernel_size: int, share: int, elem_type: int = TensorProto.FLOAT) -> ModelProto:
     """Return a model of one filter: features N,C,H,W and taps N,M,H,W -> output N,C,H,W, all of `elem_type`.
 
-    `misf-doctor` and the plugin's tests run it; runtime/op_check.onnx is `one_node_model(8, 3, 4)`.
+    `misf-doctor` and the plugin's tests run it; runtime/checks/op_check.onnx is `one_node_model(8, 3, 4)`.
     """
     sizes = {"features": channels, "taps": channels * kernel_size**2 // share, "output": channels}
     values = [

@@ -11,7 +11,10 @@ implementation (ONNX body, CUDA kernels, TensorRT plugin); they are all tested a
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import warnings
 from collections.abc import Iterator
 from types import EllipsisType
 from typing import Any
@@ -189,20 +192,38 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# CUDA tensors go to the kernels of kernel.cuh; float64, which only gradient checks use, stays with the reference.
+# CUDA tensors go to Triton's kernels; what they do not take (float64, which only gradient checks use, and filters of
+# more than 256 products per group), or all without triton, stays with the reference.
+
+
+@functools.cache
+def _triton() -> bool:
+    """Return whether triton can be imported; where it cannot, say once why the op will be slow."""
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    warnings.warn(
+        "the dynamic filter runs in plain PyTorch on CUDA tensors, several times slower than its kernels: "
+        "triton is not installed: pip install triton (triton-windows on Windows)",
+        stacklevel=2,
+    )
+    return False
 
 
 @_forward_op.register_kernel("cuda")
 def _(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
-    from . import cuda
+    if _triton():
+        from . import triton_kernels
 
-    implementation = cuda.forward if cuda.serves(features) else _forward_reference
-    return implementation(features, taps, kernel_size, share)
+        if triton_kernels.serves(features, kernel_size, share):
+            return triton_kernels.forward(features, taps, kernel_size, share)
+    return _forward_reference(features, taps, kernel_size, share)
 
 
 @_backward_op.register_kernel("cuda")
 def _(grad_output: Tensor, features: Tensor, taps: Tensor, kernel_size: int, share: int) -> tuple[Tensor, Tensor]:
-    from . import cuda
+    if _triton():
+        from . import triton_kernels
 
-    implementation = cuda.backward if cuda.serves(features) else _backward_reference
-    return implementation(grad_output, features, taps, kernel_size, share)
+        if triton_kernels.serves(features, kernel_size, share):
+            return triton_kernels.backward(grad_output, features, taps, kernel_size, share)
+    return _backward_reference(grad_output, features, taps, kernel_size, share)

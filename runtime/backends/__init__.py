@@ -12,43 +12,16 @@ precision that only one of them has (fp16: ONNX Runtime, bf16: OpenVINO) decides
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import logging
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ...plugins.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.errors import MisfError
+from ...plugins.shared.extras import is_installed, need
+from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
-
-BACKENDS = ("auto", "onnxruntime", "openvino", "pytorch", "tensorrt")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-CHECKPOINTS = (".safetensors", ".pt", ".pth")
-ENGINES = (".plan", ".engine", ".trt")
-Tensor = NDArray[np.float32]
-
-
-class Backend(Protocol):
-    """A model, loaded and ready."""
-
-    name: str  # "onnxruntime", "openvino", "pytorch", "tensorrt" or "tensorrt-rtx"
-    device: str  # "cpu" or "cuda:N": where it really runs
-    precision: str  # "fp32", "fp16" or "bf16": what it really computes in
-    multiple: int  # the sides of a picture must be multiples of this
-    config: dict[str, Any]  # the network's config, from the model file
-
-    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the finished picture, known pixels equal to the input's: float32 N,3,H,W in [0,1].
-
-        image: float32 N,3,H,W RGB in [0,1]. mask: float32 N,1,H,W, 1 = hole.
-        """
 
 
 def open_backend(
@@ -94,64 +67,6 @@ def open_backend(
     return opened
 
 
-def parse_device(device: str) -> str:
-    """Return "auto", "cpu" or "cuda:N"; ValueError for anything else."""
-    if device in ("auto", "cpu"):
-        return device
-    match = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if not match:
-        raise ValueError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N")
-    return f"cuda:{int(match[1] or 0)}"
-
-
-def device_index(device: str) -> int:
-    """Return N of "cuda:N"."""
-    return int(device.partition(":")[2])
-
-
-def check_onnx(
-    path: Path, inputs: Mapping[str, Sequence[Any]], outputs: Sequence[str], metadata: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the network's config of an ONNX file, after checking that it is one of ours.
-
-    inputs: name to shape, anything but an int for a dynamic dimension. Raises ValueError that names what was expected.
-    """
-    found = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs.items())
-    right = {"image": 3, "mask": 1}
-    fits = set(inputs) == set(right) and "output" in outputs
-    fits = fits and all(len(inputs[name]) == 4 and inputs[name][1] == channels for name, channels in right.items())
-    if not fits:
-        raise ValueError(
-            f"{path} is not one of our ONNX files: expected the inputs image [N, 3, H, W] and mask [N, 1, H, W] and an "
-            f"output named output; found {found or 'no inputs'} and {', '.join(outputs) or 'no outputs'}"
-        )
-    fixed = [name for name, shape in inputs.items() if any(isinstance(shape[axis], int) for axis in (0, 2, 3))]
-    if fixed:
-        raise ValueError(f"{path} is of fixed size: expected dynamic N, H and W; found {found}")
-    try:
-        config = json.loads(metadata["misf.config"])
-    except KeyError:
-        raise ValueError(f"{path} was not written by misf-export: it has no metadata misf.config") from None
-    except ValueError as error:
-        raise ValueError(f"{path} has damaged metadata misf.config: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} has damaged metadata misf.config: expected a JSON object, found {config!r:.40}")
-    file_precision(path, metadata)
-    return config
-
-
-def file_precision(path: Path, metadata: Mapping[str, str]) -> str:
-    """Return what precision an ONNX file was exported in, by its metadata: fp32 or fp16; ValueError for another."""
-    precision = metadata.get("misf.precision", "fp32")
-    if precision not in ("fp32", "fp16"):
-        raise ValueError(f"{path} has metadata misf.precision {precision!r:.40}: expected fp32 or fp16")
-    return precision
-
-
-def _shape(shape: Sequence[Any]) -> str:
-    return "[" + ", ".join(str(side) for side in shape) + "]"
-
-
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a model file")
@@ -162,7 +77,7 @@ def _check_file(path: Path) -> None:
 
 
 def _open_pytorch(path: Path, device: str, precision: str, threads: int | None) -> Backend:
-    _need("torch", f"{path.name} is a checkpoint, which runs on PyTorch", "export")
+    need(f"{path.name}, a checkpoint,", "export", "torch")
     from .pytorch import PyTorchBackend
 
     return PyTorchBackend(path, device, precision, threads)
@@ -181,8 +96,7 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 
     only_openvino = precision == "bf16" and backend == "auto" and not device.startswith("cuda")
     if backend == "openvino" or only_openvino:
-        for module in ("openvino", "onnx"):
-            _need(module, "precision bf16" if only_openvino else "backend openvino", "openvino")
+        need("precision bf16" if only_openvino else "backend openvino", "openvino", "openvino", "onnx")
         return openvino()
     if backend == "onnxruntime" or device.startswith("cuda") or precision == "fp16":  # OpenVINO has no fp16 on CPUs
         return onnxruntime()
@@ -194,14 +108,9 @@ def _open_best(path: Path, device: str, openvino: Callable[[], Backend], onnxrun
 
     if device == "auto" and has_cuda():
         return onnxruntime()
-    if all(importlib.util.find_spec(name) for name in ("openvino", "onnx")):
+    if is_installed("openvino") and is_installed("onnx"):
         try:
             return openvino()
         except MisfError as error:
             log.warning("OpenVINO cannot run %s, ONNX Runtime does instead: %s", path.name, error)
     return onnxruntime()
-
-
-def _need(module: str, what: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise EnvironmentMismatch(f"{what} needs {module}, which is not installed: pip install 'misf[{extra}]'")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
-from ...plugins.cli_support import one_line
-from ...plugins.errors import EnvironmentMismatch
-from . import Tensor, check_onnx, device_index, file_precision
+from ...plugins.shared.command import one_line
+from ...plugins.shared.errors import EnvironmentMismatch
+from .contract import check_onnx, device_index, file_precision
+
+if TYPE_CHECKING:
+    from .contract import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class OnnxRuntimeBackend:
     """
 
     name = "onnxruntime"
+    limits = None
     multiple = 1  # the graph pads by itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx.inliner
 import openvino
 
-from ...plugins.cli_support import one_line
-from ...plugins.errors import EnvironmentMismatch, MisfError
-from . import Tensor, check_onnx, file_precision
+from ...plugins.shared.command import one_line
+from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from .contract import check_onnx, file_precision
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
+if TYPE_CHECKING:
+    from .contract import Tensor
+
 LARGE = 400_000  # pixels; from here on a model compiled for the very size pays: 2.2 instead of 3.4 GB at 1024x1024
 
 
@@ -23,6 +26,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     device = "cpu"
+    limits = None
     multiple = 1  # the graph pads by itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):

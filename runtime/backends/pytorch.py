@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...plugins.errors import EnvironmentMismatch
-from ...training.checkpoint import load_model
-from ...training.network import composite
-from . import Tensor
+from ...plugins.shared.errors import EnvironmentMismatch
+from ...training.model.checkpoint import load_model
+from ...training.model.network import composite
+
+if TYPE_CHECKING:
+    from .contract import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -21,6 +23,9 @@ class PyTorchBackend:
     """A checkpoint as a PyTorch module. See `Backend` for the call."""
 
     name = "pytorch"
+    file_precision = "fp32"
+    checkpoint_sha256 = ""
+    limits = None
     multiple = 1  # the module pads by itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):

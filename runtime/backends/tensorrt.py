@@ -21,17 +21,20 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...plugins.errors import EnvironmentMismatch, MisfError
-from ...plugins.files import sha256
-from ..engine_info import EngineInfo, check_flavor, check_gpu, check_machine, read_info
-from ..tensorrt_api import TITLES, Flavor, load_flavor, logger_of, reason, use_plugin
-from . import Tensor, device_index
-from .cudart import OUT_OF_MEMORY, CudaError, CudaRuntime, gpu_name
-from .rtx import RtxKernels
+from ...plugins.shared.errors import EnvironmentMismatch, MisfError
+from ...plugins.shared.files import sha256
+from ..engines.cudart import OUT_OF_MEMORY, CudaError, CudaRuntime, gpu_name
+from ..engines.flavors import TITLES, Flavor, load_flavor, logger_of, reason, use_plugin
+from ..engines.rtx import RtxKernels
+from ..engines.side_car import EngineInfo, check_flavor, check_gpu, check_machine, read_info
+from .contract import device_index
+
+if TYPE_CHECKING:
+    from .contract import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +81,8 @@ class TensorRtBackend:
         if info.gpu not in (None, found := gpu_name(index)):
             log.warning("%s was tuned on %s, this is %s: it runs, perhaps slower", path.name, info.gpu, found)
         _load_plugin(path, info, flavor)
-        self.name, self.device, self.precision = flavor.name, f"cuda:{index}", info.precision_obtained
+        self.name, self.device = flavor.name, f"cuda:{index}"
+        self.precision = self.file_precision = info.precision_obtained
         self.config, self.limits, self.checkpoint_sha256 = info.config, info.limits, info.checkpoint_sha256
         self._index, self._trt, self._logger = index, flavor.module, logger_of(flavor)
         self._zero_copy = self._wants_zero_copy(zero_copy)

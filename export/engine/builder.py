@@ -1,0 +1,318 @@
+"""From an ONNX file to a TensorRT engine and its side-car, both or neither.
+
+Engines are strongly typed: the types in the ONNX file are the engine's, on TensorRT 10.x, 11.x and for RTX alike. That
+fp16 came out as fp16 is read off the parsed network, and off the finished engine where there is a GPU to load it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto
+
+from ...plugins.dynamic_filter import onnx_op
+from ...plugins.dynamic_filter.tensorrt import library
+from ...plugins.shared import progress
+from ...plugins.shared.command import misf_version, one_line
+from ...plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
+from ...plugins.shared.files import sha256, written_whole
+from ...runtime.backends.contract import check_onnx
+from ...runtime.engines.cudart import CudaError, CudaRuntime, gpu_name
+from ...runtime.engines.flavors import Flavor, load_flavor, logger_of, reason, use_plugin
+from ...runtime.engines.inspector import inspect, inspected_layers, inspected_proof
+from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
+from ..precision import float_types
+from .monitor import cancellable, make_monitor
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LIMITS = Limits((1, 64, 64), (1, 512, 512), (1, 1024, 1024))
+INPUTS = {"image": 3, "mask": 1}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build."""
+
+    backend: str = "auto"
+    """tensorrt, tensorrt-rtx or auto."""
+    limits: Limits = DEFAULT_LIMITS
+    precision: str | None = None
+    """fp32 or fp16: what the engine must come out as; None: what the ONNX file says."""
+    workspace_gib: float | None = None
+    opt_level: int | None = None
+    timing_cache: Path | None = None
+    """None: one for each GPU and TensorRT in the cache folder."""
+    plugin: Path | None = None
+    """Plugin library; None: the installed one."""
+    without_plugin: bool = False
+    """Build the dynamic filter from its function body: no library is needed, the filter is slower."""
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What was built, and the commands of other tools that run it."""
+
+    path: Path
+    info: EngineInfo
+    commands: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """The GPU to build for; both None where there is none, or where the engine is for any."""
+
+    gpu: str | None = None
+    compute_capability: str | None = None
+
+
+def build_engine(source: Path, output: Path, options: EngineOptions | None = None) -> EngineReport:
+    """Build `source`, an ONNX file of misf-export, into `output` and its side-car; return what came out.
+
+    Raises:
+        ValueError: the file is not ONNX, or not ours.
+        EnvironmentMismatch: TensorRT, the GPU or the plugin library that it takes is not there.
+        AccuracyError: the precision that was asked for did not come out.
+        MisfError: TensorRT does not parse the file or does not build it; the message is TensorRT's.
+        KeyboardInterrupt: the build was cancelled. In all these cases nothing is written.
+
+    """
+    options = options or EngineOptions()
+    model, config = read_model(source)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    asked = options.precision or metadata.get("misf.precision", "fp32")
+    flavor = load_flavor(options.backend)
+    machine = _machine(flavor, options.device)
+    plugin = _plugin(flavor, options)
+    log.info("building with %s%s", flavor.title, f" for {machine.gpu}" if machine.gpu else "")
+    plan, obtained = _build(flavor, model, options, plugin is not None, machine, source, asked)
+    proof, layers = "network", {}
+    if flavor.has_plugins:
+        information = _inspect(flavor, plan, options)
+        proof, layers = inspected_proof(asked, information, str(output)), inspected_layers(information)
+    info = EngineInfo(
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        plan_bytes=len(plan),
+        flavor=flavor.name,
+        version=flavor.version,
+        platform=this_platform(),
+        gpu=machine.gpu,
+        compute_capability=machine.compute_capability,
+        precision_asked=asked,
+        precision_obtained=asked,  # or there would be no engine
+        precision_proof=proof,
+        convolutions=obtained,
+        limits=options.limits,
+        config=config,
+        onnx=source.name,
+        onnx_sha256=sha256(source),
+        checkpoint_sha256=metadata.get("misf.checkpoint_sha256", ""),
+        plugin=plugin.name if plugin else None,
+        plugin_sha256=sha256(plugin) if plugin else None,
+        layers=layers,
+        settings={"workspace_gib": options.workspace_gib, "opt_level": options.opt_level},
+        misf=misf_version(),
+    )
+    write_engine(output, plan, info)
+    return EngineReport(output, info, other_tools(flavor, output, options.limits, plugin))
+
+
+def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
+    """Return an ONNX file and the network's config in it; ValueError unless misf-export wrote it."""
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an ONNX file")
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's own, which is not ours to import
+        raise ValueError(f"{path} is not an ONNX file, or a damaged one: {one_line(error)}") from error
+    inputs = {
+        value.name: [side.dim_value or side.dim_param for side in value.type.tensor_type.shape.dim]
+        for value in model.graph.input
+    }
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return model, check_onnx(path, inputs, [value.name for value in model.graph.output], metadata)
+
+
+def _machine(flavor: Flavor, device: int) -> _Machine:
+    """Return the GPU that the engine will be bound to, now this thread's.
+
+    RTX engines are for all RTX GPUs, and are built without one.
+    """
+    if not flavor.has_plugins:
+        return _Machine()
+    try:
+        cuda = CudaRuntime()
+        count = cuda.device_count()
+    except CudaError as error:
+        raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
+    if device >= count:
+        raise EnvironmentMismatch(f"cuda:{device} was asked for and there are {count} GPUs")
+    cuda.set_device(device)  # before anything of TensorRT's is made, which stays with the GPU of that time
+    return _Machine(gpu_name(device), cuda.compute_capability(device))
+
+
+def _plugin(flavor: Flavor, options: EngineOptions) -> Path | None:
+    """Return the plugin library, loaded, or None where the filter is built from its function body."""
+    if options.plugin and (options.without_plugin or not flavor.has_plugins):
+        why = "--no-plugin was given too" if options.without_plugin else f"{flavor.title} has no plugins"
+        raise ValueError(f"--plugin {options.plugin} cannot be used: {why}")
+    if options.without_plugin or not flavor.has_plugins:
+        return None
+    try:
+        return use_plugin(flavor, options.plugin)
+    except EnvironmentMismatch as error:
+        raise EnvironmentMismatch(f"{error}; or build without it: --no-plugin (slower filter)") from error
+
+
+def _build(
+    flavor: Flavor,
+    model: ModelProto,
+    options: EngineOptions,
+    with_plugin: bool,
+    machine: _Machine,
+    source: Path,
+    asked: str,
+) -> tuple[bytes, dict[str, int]]:
+    """Return the plan and how many convolutions of the parsed network are of each type."""
+    trt, logger = flavor.module, logger_of(flavor)
+    builder = trt.Builder(logger)
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11.x types always
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx_op.for_tensorrt(model, with_plugin)):
+        raise MisfError(f"{flavor.title} cannot parse {source}: {_parser_error(parser)}")
+    obtained = network_types(trt, network)
+    prove_precision(asked, obtained, float_types(model), source)
+    config = builder.create_builder_config()
+    _configure(trt, builder, config, options)
+    with progress.bar() as bar, _timing_cache(flavor, config, options, machine):
+        monitor = config.progress_monitor = make_monitor(trt, bar)
+
+        def build() -> Any:
+            if machine.gpu:
+                CudaRuntime().set_device(options.device)  # is each thread's own
+            return builder.build_serialized_network(network, config)
+
+        plan = cancellable(build, monitor.cancelled)
+    if plan is None:
+        raise MisfError(f"{flavor.title} did not build {source}: {reason(logger)}")
+    return bytes(plan), obtained
+
+
+def _parser_error(parser: Any) -> str:
+    """Return the parser's first error as one line."""
+    if not parser.num_errors:
+        return "it gave no reason"
+    error = parser.get_error(0)
+    text = " ".join(error.desc().split())
+    name = error.node_name()
+    return f"{text} (node {name}, {error.node_operator()})" if name else text
+
+
+def _configure(trt: Any, builder: Any, config: Any, options: EngineOptions) -> None:
+    if options.workspace_gib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * (1 << 30)))
+    if options.opt_level is not None:
+        config.builder_optimization_level = options.opt_level
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 10 bits of mantissa are not fp32
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # for RTX: or its work cannot be captured as a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # or every shape takes the largest's memory
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+    profile, limits = builder.create_optimization_profile(), options.limits
+    for name, channels in INPUTS.items():
+        shapes = [(n, channels, height, width) for n, height, width in (limits.min, limits.opt, limits.max)]
+        profile.set_shape(name, *shapes)
+    config.add_optimization_profile(profile)
+
+
+@contextlib.contextmanager
+def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: _Machine) -> Iterator[None]:
+    """Give the builder what it measured in earlier builds, and keep what it measures in this one."""
+    if not flavor.has_plugins:  # for RTX: it measures nothing when it builds
+        if options.timing_cache:
+            log.info("%s keeps no timing cache: %s is not used", flavor.title, options.timing_cache)
+        yield
+        return
+    capability = (machine.compute_capability or "any").replace(".", "")
+    name = f"timing-{flavor.name}-{flavor.version}-sm{capability}.cache"
+    path = options.timing_cache or library.install_folder().parent / name
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        log.warning("the timing cache %s is damaged or of another TensorRT: starting a new one", path)
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+    try:
+        yield
+    finally:  # a build that was cancelled measured for minutes too
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as temporary:
+                temporary.write_bytes(config.get_timing_cache().serialize())
+        except OSError as error:
+            log.warning("the timing cache was not kept: %s", one_line(error))
+
+
+def network_types(trt: Any, network: Any) -> dict[str, int]:
+    """Return how many convolutions of a parsed network compute in each type, as 'fp32', 'fp16' or TensorRT's name."""
+    names = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16"}
+    kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    types = [layer.get_output(0).dtype for layer in layers if layer.type in kinds]
+    return dict(Counter(names.get(kind, str(kind)) for kind in types))
+
+
+def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int], source: Path) -> None:
+    """Raise AccuracyError unless most convolutions are of the precision asked for, and all of the type in the file."""
+    total = sum(obtained.values())
+    counts = ", ".join(f"{number} {name}" for name, number in sorted(obtained.items())) or "none"
+    if obtained != in_file:
+        expected = ", ".join(f"{number} {name}" for name, number in sorted(in_file.items()))
+        raise AccuracyError(f"TensorRT changed the types of {source}: convolutions {counts}, in the file {expected}")
+    precision = max(obtained, key=lambda name: obtained[name])
+    if precision != asked:
+        raise AccuracyError(
+            f"{asked} was asked for and {precision} came out ({counts} of {total} convolutions): the types of an ONNX "
+            f"file are the engine's, so export it with misf-export --precision {asked}"
+        )
+
+
+def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
+    """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
+    logger = logger_of(flavor)
+    runtime = flavor.module.Runtime(logger)  # must outlive the engine
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise MisfError(f"{flavor.title} built an engine that it does not load: {reason(logger)}")
+    n, height, width = options.limits.opt
+    return inspect(flavor.module, engine, {name: (n, channels, height, width) for name, channels in INPUTS.items()})
+
+
+def other_tools(flavor: Flavor, plan: Path, limits: Limits, plugin: Path | None) -> dict[str, str]:
+    """Return the commands of trtexec and Triton that use the plan and the same plugin library."""
+    if not flavor.has_plugins:
+        return {}
+
+    def shapes(shape: tuple[int, int, int]) -> str:
+        n, height, width = shape
+        return ",".join(f"{name}:{n}x{channels}x{height}x{width}" for name, channels in INPUTS.items())
+
+    loading = f" --dynamicPlugins={plugin}" if plugin else ""
+    found = {"trtexec": f"trtexec --loadEngine={plan} --shapes={shapes(limits.opt)}{loading}"}
+    triton = "tritonserver --model-repository=models"
+    if plugin is None:
+        return {**found, "triton": triton}
+    with contextlib.suppress(EnvironmentMismatch):
+        twin = library.find_library(flavor.major, self_registering=True)
+        found["triton"] = f"{triton} --backend-config=tensorrt,plugins={twin}"
+    return found

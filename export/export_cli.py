@@ -1,0 +1,161 @@
+"""misf-export: a checkpoint becomes an ONNX file, or an engine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..plugins.shared.command import command, print_json
+from ..plugins.shared.errors import MisfError
+from ..plugins.shared.extras import need
+from ..plugins.shared.files import sha256, written_whole
+from ..runtime.backends.contract import ENGINES
+from .engine.build_cli import finish
+from .engine.options import engine_options, given, parse_engine_options
+
+if TYPE_CHECKING:
+    from .exporter import ExportReport
+
+log = logging.getLogger(__name__)
+
+
+@command("misf-export")
+@click.option(
+    "--checkpoint",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights: .safetensors, .pt, .pth.",
+)
+@click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default=None,
+    help="Type of the network's layers; input and output are float32 always.  [default: fp32]",
+)
+@click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The .onnx file, or the .plan of an engine.  [default: .onnx beside the checkpoint]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of pictures like yours, to find layers that float16 cannot hold, and for the check at the end."
+    "  [default: four shipped photographs]",
+)
+@click.option(
+    "--range-limit",
+    type=click.FloatRange(min=1, max=65504),
+    default=8192.0,
+    show_default=True,
+    help="Layers with larger values on the calibration pictures stay float32.",
+)
+@engine_options
+@click.option("--force", is_flag=True, help="Replace existing files that -o did not name.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.pass_context
+def main(
+    ctx: click.Context,
+    /,
+    checkpoint: Path,
+    official: bool,
+    precision: str | None,
+    fp16: bool,
+    output: Path | None,
+    calibration: Path | None,
+    range_limit: float,
+    force: bool,
+    as_json: bool,
+    **engine: Any,
+) -> None:
+    """Turn a checkpoint into one ONNX file for any batch, height and width; with -o X.plan on into an engine.
+
+    The file is compared with PyTorch on photographs at several sizes before it is put in place. When it differs too
+    much (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
+
+    Beside an engine X.plan stays X.onnx, which it is built of: other machines and misf-verify --layers need it.
+
+    The options from --backend to --device are for engines, which misf-build makes of an ONNX file too.
+
+    \b
+    Example:
+        misf-export --checkpoint best.pt --fp16
+        misf-export --checkpoint best.pt --fp16 -o best.plan
+    """
+    if fp16 and precision == "fp32":
+        raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
+    precision = "fp16" if fp16 else precision or "fp32"
+    if output is None:
+        output = checkpoint.parent / (checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
+        if output.exists() and not force:
+            raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
+    elif output.suffix.lower() in ENGINES:
+        options = parse_engine_options(engine, precision)
+        onnx_file = output.with_suffix(".onnx")
+        _put(onnx_file, force, lambda path: _export(checkpoint, official, path, precision, calibration, range_limit))
+        from .engine.builder import build_engine
+
+        finish(build_engine(onnx_file, output, options), as_json)
+        return
+    elif output.suffix.lower() != ".onnx":
+        known = ", ".join((".onnx", *ENGINES))
+        raise click.BadParameter(f"expected a name that ends in {known}, got {output.name}", param_hint="--output")
+    if flags := given(ctx):
+        raise click.UsageError(f"{', '.join(flags)}: for an engine, and {output.name} is none: name it with -o X.plan")
+    if output.resolve() == checkpoint.resolve():
+        raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
+    report = _export(checkpoint, official, output, precision, calibration, range_limit)
+    if as_json:
+        print_json(
+            {
+                "onnx": str(report.path),
+                "sha256": report.sha256,
+                "precision": report.precision,
+                "convolutions": report.convolutions,
+                "float32_layers": report.float32_layers,
+                "check": [result.to_dict() for result in report.results],
+            }
+        )
+        return
+    from rich.console import Console
+
+    from ..runtime.checks.accuracy import results_table
+
+    Console().print(results_table(report.results, f"{report.path.name} ({precision}) against PyTorch float32"))
+    log.info("run it: misf-run %s image.png mask.png", report.path)
+    click.echo(str(report.path))
+
+
+def _export(
+    checkpoint: Path, official: bool, output: Path, precision: str, calibration: Path | None, range_limit: float
+) -> ExportReport:
+    need("misf-export", "export", "torch", "onnx", "onnxscript")
+    from ..runtime.checks.accuracy import load_photographs
+    from ..training.model.checkpoint import load_checkpoint
+    from .exporter import export_onnx
+
+    photographs = load_photographs(calibration) if calibration else None
+    return export_onnx(load_checkpoint(checkpoint, official=official), output, precision, photographs, range_limit)
+
+
+def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:
+    """Write the ONNX file that an engine beside it is built of; MisfError where another model of that name is there."""
+    with tempfile.TemporaryDirectory(prefix="misf-export-") as folder:
+        fresh = Path(folder) / onnx_file.name
+        export(fresh)
+        if onnx_file.is_file() and not force and sha256(onnx_file) != sha256(fresh):
+            raise MisfError(
+                f"{onnx_file}, which the engine is built of, exists and is another model: give --force to replace it, "
+                "or -o to name another engine"
+            )
+        with written_whole(onnx_file) as temporary:
+            shutil.copyfile(fresh, temporary)

@@ -1,0 +1,1 @@
+"""The dynamic filter as a TensorRT plugin: its C++ sources, and library.py, which builds, finds and loads it."""

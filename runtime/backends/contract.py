@@ -1,0 +1,105 @@
+"""What a backend is: the call, the facts it states, the names and devices that all know, our ONNX files' signature.
+
+A new backend is a class that fits `Backend`, a line in BACKENDS, and a branch in `open_backend`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # commands look up the names below before they load NumPy
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..engines.side_car import Limits
+
+    Tensor = NDArray[np.float32]
+
+BACKENDS = ("auto", "onnxruntime", "openvino", "pytorch", "tensorrt")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+CHECKPOINTS = (".safetensors", ".pt", ".pth")
+ENGINES = (".plan", ".engine", ".trt")
+
+
+class Backend(Protocol):
+    """A model, loaded and ready."""
+
+    name: str  # "onnxruntime", "openvino", "pytorch", "tensorrt" or "tensorrt-rtx"
+    device: str  # "cpu" or "cuda:N": where it really runs
+    precision: str  # "fp32", "fp16" or "bf16": what it really computes in
+    multiple: int  # the sides of a picture must be multiples of this
+    file_precision: str  # "fp32", "fp16" or "bf16": what the model file says
+    config: dict[str, Any]  # the network's config, from the model file
+    checkpoint_sha256: str  # of the checkpoint that the model file was made of; "" where it does not say
+
+    @property
+    def limits(self) -> Limits | None:
+        """The shapes that an engine takes; None: any."""
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the finished picture, known pixels equal to the input's: float32 N,3,H,W in [0,1].
+
+        image: float32 N,3,H,W RGB in [0,1]. mask: float32 N,1,H,W, 1 = hole.
+        """
+
+
+def parse_device(device: str) -> str:
+    """Return "auto", "cpu" or "cuda:N"; ValueError for anything else."""
+    if device in ("auto", "cpu"):
+        return device
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if not match:
+        raise ValueError(f"unknown device {device!r}: expected auto, cpu, cuda or cuda:N")
+    return f"cuda:{int(match[1] or 0)}"
+
+
+def device_index(device: str) -> int:
+    """Return N of "cuda:N"."""
+    return int(device.partition(":")[2])
+
+
+def check_onnx(
+    path: Path, inputs: Mapping[str, Sequence[Any]], outputs: Sequence[str], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the network's config of an ONNX file, after checking that it is one of ours.
+
+    inputs: name to shape, anything but an int for a dynamic dimension. Raises ValueError that names what was expected.
+    """
+    found = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs.items())
+    right = {"image": 3, "mask": 1}
+    fits = set(inputs) == set(right) and "output" in outputs
+    fits = fits and all(len(inputs[name]) == 4 and inputs[name][1] == channels for name, channels in right.items())
+    if not fits:
+        raise ValueError(
+            f"{path} is not one of our ONNX files: expected the inputs image [N, 3, H, W] and mask [N, 1, H, W] and an "
+            f"output named output; found {found or 'no inputs'} and {', '.join(outputs) or 'no outputs'}"
+        )
+    fixed = [name for name, shape in inputs.items() if any(isinstance(shape[axis], int) for axis in (0, 2, 3))]
+    if fixed:
+        raise ValueError(f"{path} is of fixed size: expected dynamic N, H and W; found {found}")
+    try:
+        config = json.loads(metadata["misf.config"])
+    except KeyError:
+        raise ValueError(f"{path} was not written by misf-export: it has no metadata misf.config") from None
+    except ValueError as error:
+        raise ValueError(f"{path} has damaged metadata misf.config: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has damaged metadata misf.config: expected a JSON object, found {config!r:.40}")
+    file_precision(path, metadata)
+    return config
+
+
+def file_precision(path: Path, metadata: Mapping[str, str]) -> str:
+    """Return what precision an ONNX file was exported in, by its metadata: fp32 or fp16; ValueError for another."""
+    precision = metadata.get("misf.precision", "fp32")
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"{path} has metadata misf.precision {precision!r:.40}: expected fp32 or fp16")
+    return precision
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    return "[" + ", ".join(str(side) for side in shape) + "]"

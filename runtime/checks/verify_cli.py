@@ -1,0 +1,201 @@
+"""misf-verify: the accuracy gate."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...plugins.shared.command import HxW, command, print_json
+from ...plugins.shared.errors import AccuracyError, MisfError
+from ...plugins.shared.extras import need
+
+if TYPE_CHECKING:
+    from ...training.model.checkpoint import Checkpoint
+    from .accuracy import CaseResult, Tolerance
+    from .layer_errors import LayerResult
+
+log = logging.getLogger(__name__)
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@command("misf-verify")
+@click.argument("model", type=FILE)
+@click.option("--checkpoint", required=True, type=FILE, help="The weights the model was made of.")
+@click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
+@click.option(
+    "--size",
+    "sizes",
+    type=HxW(with_batch=True),
+    multiple=True,
+    help="A size to compare at; may be given several times.",
+)
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of photographs to compare on.  [default: four shipped ones]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "pytorch"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model.",
+)
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
+@click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
+@click.option("--min-psnr", type=float, help="Least PSNR in the hole, dB.  [default: fp16: 50, bf16: 45]")
+@click.option("--layers", is_flag=True, help="Compare every convolution and filter too: which layer is it?")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def main(
+    model: Path,
+    checkpoint: Path,
+    official: bool,
+    sizes: tuple[tuple[int, int, int], ...],
+    images: Path | None,
+    backend: str,
+    device: str | None,
+    max_abs: float | None,
+    min_psnr: float | None,
+    layers: bool,
+    as_json: bool,
+) -> None:
+    """Compare MODEL with the PyTorch reference on photographs; exit 3 when it is not near enough.
+
+    Several sizes, one not square, one that must be padded, one a batch of two. --layers adds a table of every
+    convolution and filter at the size that came out worst, for .onnx and, on a GPU, for .plan files.
+
+    \b
+    Examples:
+        misf-verify best_fp16.onnx --checkpoint best.pt
+        misf-verify best.plan --checkpoint best.pt --layers
+    """
+    need("misf-verify", "export", "torch")
+    from ...training.model.checkpoint import build_model
+    from ..backends import open_backend
+    from . import accuracy
+
+    if layers:
+        backend = _check_layers(model, backend)
+    inpaint = open_backend(model, backend=backend, device=device)
+    tolerance = accuracy.tolerance(inpaint.precision, inpaint.file_precision)
+    if max_abs is not None or min_psnr is not None:
+        tolerance = accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
+    photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
+    network = build_model(_load(inpaint, checkpoint, official))
+    reference = accuracy.torch_reference(network)
+    cases = list(accuracy.cases(photographs, sizes or accuracy.default_sizes(inpaint.limits)))
+    results = [accuracy.compare(inpaint, reference, *case) for case in cases]
+    faults = [fault for result in results for fault in result.faults(tolerance)]
+    inside, trouble = None, None
+    if layers:
+        try:
+            inside = _compare_layers(model, network, inpaint.device, *cases[furthest(results, tolerance)])
+        except MisfError as error:
+            trouble = error
+    _report(results, inside, faults, tolerance, model, inpaint, as_json)
+    if faults and trouble:
+        log.warning("%s", trouble)  # what misses the tolerance is the more important line
+    elif trouble:
+        raise trouble
+    if faults:
+        raise AccuracyError(
+            f"{model} differs too much from {checkpoint}: {'; '.join(faults)}; to allow more, --max-abs or --min-psnr"
+        )
+
+
+def _check_layers(model: Path, backend: str) -> str:
+    """Return the backend for --layers, after looking whether it can be done at all."""
+    from ..backends.contract import ENGINES
+
+    if model.suffix.lower() not in (".onnx", *ENGINES):
+        raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
+    if backend == "openvino":
+        raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
+    need("--layers", "layers", "polygraphy", "onnx")
+    from .layer_errors import source_of
+
+    source_of(model)
+    return "onnxruntime" if backend == "auto" and model.suffix.lower() == ".onnx" else backend
+
+
+def furthest(results: list[CaseResult], tolerance: Tolerance) -> int:
+    """Return which case is furthest from the reference: not finite, then out of tolerance, then by its PSNR."""
+
+    def badness(index: int) -> tuple[bool, bool, float]:
+        result = results[index]
+        return not result.finite, bool(result.faults(tolerance)), -result.psnr_hole_db if result.finite else 0.0
+
+    return max(range(len(results)), key=badness)
+
+
+def _load(inpaint: Any, checkpoint: Path, official: bool) -> Checkpoint:
+    from ...training.model.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(checkpoint, official=official)
+    made_of = inpaint.checkpoint_sha256
+    if made_of and made_of != loaded.sha256:
+        log.warning("the model was exported from another checkpoint (sha256 %s...), not %s", made_of[:12], checkpoint)
+    return loaded
+
+
+def _compare_layers(model: Path, network: Any, device: str, image: Any, mask: Any) -> list[LayerResult]:
+    from . import layer_errors as layers
+
+    found, graph = layers.model_layers(model, device, image, mask)
+    nodes = layers.layer_nodes(graph)
+    ops = {name: node.op_type for name, node in nodes.items()}
+    wanted = layers.reference_layers(network, image, mask)
+    return layers.compare_layers(wanted, found, layers.feeding_layers(graph), ops)
+
+
+def _report(
+    results: list[CaseResult],
+    inside: list[LayerResult] | None,
+    faults: list[str],
+    tolerance: Tolerance,
+    model: Path,
+    inpaint: Any,
+    as_json: bool,
+) -> None:
+    from . import accuracy
+
+    allowed = {"max_abs": tolerance.max_abs, "min_psnr_db": tolerance.min_psnr_db}
+    if as_json:
+        print_json(
+            {
+                "model": str(model),
+                "backend": inpaint.name,
+                "device": inpaint.device,
+                "precision": inpaint.precision,
+                "tolerance": allowed,
+                "passed": not faults,
+                "faults": faults,
+                "cases": [result.to_dict() for result in results],
+                **_inside_document(inside),
+            }
+        )
+        return
+    from rich.console import Console
+
+    title = f"{model.name} ({inpaint.precision}, {inpaint.name}, {inpaint.device}) against PyTorch float32"
+    Console().print(accuracy.results_table(results, title))
+    if inside is not None:
+        from . import layer_errors as layers
+
+        Console().print(layers.layers_table(inside))
+        most = layers.worst(inside)
+        click.echo(f"worst layer: {most.name} ({most.op}) adds {most.added:.1e} to the relative error")
+    asked = ", ".join(f"{name} {value:g}" for name, value in allowed.items() if value is not None)
+    click.echo(f"{'FAILED' if faults else 'passed'} ({asked or 'finite values, known pixels equal'})")
+
+
+def _inside_document(inside: list[LayerResult] | None) -> dict[str, Any]:
+    if inside is None:
+        return {}
+    from .layer_errors import layers_document
+
+    return layers_document(inside)

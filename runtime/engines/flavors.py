@@ -1,0 +1,140 @@
+"""TensorRT and TensorRT for RTX: which of them is here, its version, its log as ours, our plugin in its registry.
+
+Both have the same Python interface under the names `tensorrt` and `tensorrt_rtx`; nothing else of misf imports them.
+TensorRT for RTX has no plugins: it takes the dynamic filter from the function body in the ONNX file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...plugins.dynamic_filter.tensorrt import library
+from ...plugins.shared.errors import EnvironmentMismatch
+from ...plugins.shared.extras import is_installed
+
+log = logging.getLogger(__name__)
+
+FLAVORS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Name of a flavor, as in --backend and in side-cars -> Python module."""
+TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
+OLDEST, BEYOND = (10, 3), (12, 0)
+"""Versions of TensorRT that the plugin and the builder are written for."""
+
+KEPT_ERRORS = 20
+
+# Said for every node of our function body that the parser imports a second time; means nothing.
+_NOISE = re.compile(r"A node named .* already exists")
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """TensorRT or TensorRT for RTX, imported."""
+
+    name: str
+    module: Any
+    version: str
+
+    @property
+    def title(self) -> str:
+        """As in 'TensorRT 10.3.0'."""
+        return f"{TITLES[self.name]} {self.version}"
+
+    @property
+    def has_plugins(self) -> bool:
+        """Whether it takes our plugin."""
+        return self.name == "tensorrt"
+
+    @property
+    def major(self) -> int:
+        """Major version."""
+        return int(self.version.split(".")[0])
+
+
+def installed(name: str) -> bool:
+    """Return whether the Python module of a flavor is installed."""
+    return is_installed(FLAVORS[name])
+
+
+def load_flavor(name: str = "auto") -> Flavor:
+    """Return a flavor by name; "auto": TensorRT where installed, else TensorRT for RTX.
+
+    Raises EnvironmentMismatch: it is not installed, does not start, or has a version that we do not know.
+    """
+    if name == "auto":
+        found = [candidate for candidate in FLAVORS if installed(candidate)]
+        if not found:
+            raise EnvironmentMismatch(
+                "neither TensorRT nor TensorRT for RTX is installed: "
+                "pip install 'misf[trt10]' or 'misf[rtx]' (JetPack brings TensorRT: docs/jetson.md)"
+            )
+        name = found[0]
+    try:
+        module = importlib.import_module(FLAVORS[name])
+        flavor = Flavor(name, module, str(module.__version__))
+    except Exception as error:  # a missing shared library is an OSError, a missing module an ImportError, ...
+        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not start ({error})"
+        hint = "pip install 'misf[rtx]'" if name == "tensorrt-rtx" else "pip install 'misf[trt10]', or JetPack"
+        raise EnvironmentMismatch(f"{TITLES[name]} {reason}: {hint}") from error
+    numbers = tuple(int(part) for part in re.findall(r"\d+", flavor.version)[:2])
+    if name == "tensorrt" and not OLDEST <= numbers < BEYOND:
+        raise EnvironmentMismatch(f"{flavor.title} is not supported: expected 10.3 to 11.x")
+    return flavor
+
+
+def logger_of(flavor: Flavor) -> Any:
+    """Return a TensorRT logger that writes to our log and keeps its last errors in the list `errors`.
+
+    One for each flavor: TensorRT keeps the first one that it is given, and tells it everything.
+    """
+    return _logger(flavor.module.ILogger, flavor.name)
+
+
+@functools.cache
+def _logger(base: Any, name: str) -> Any:
+    levels = {
+        base.Severity.INTERNAL_ERROR: logging.DEBUG,  # told by who asked, as one line: see `reason`
+        base.Severity.ERROR: logging.DEBUG,
+        base.Severity.WARNING: logging.INFO,
+    }
+
+    class Logger(base):  # type: ignore[misc] # the base comes at run time
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (base.Severity.INTERNAL_ERROR, base.Severity.ERROR):
+                self.errors[:] = [*self.errors[-KEPT_ERRORS:], message]
+            noise = bool(_NOISE.search(message))
+            log.log(logging.DEBUG if noise else levels.get(severity, logging.DEBUG), "%s: %s", name, message)
+
+    return Logger()
+
+
+def reason(logger: Any) -> str:
+    """Return what TensorRT said last about a failure, as one line without its place in NVIDIA's sources; forget it."""
+    if not logger.errors:
+        return "it gave no reason"
+    text = " ".join(str(logger.errors[-1]).split())
+    logger.errors.clear()
+    text = re.sub(r"^(.*: )?Error Code \d+: [\w ]+ \((.*)\)$", r"\2", text)
+    text = re.sub(r"^(In|Error in) \S+ at \S+:\d+:?\s*", "", text)
+    return text[:400]
+
+
+def use_plugin(flavor: Flavor, explicit: Path | None) -> Path:
+    """Return the plugin library after loading it into the flavor's registry.
+
+    explicit: the file that the user named; None: MISF_PLUGIN, or where `misf-plugin build` puts it. Raises
+    EnvironmentMismatch: there is none, it is for another TensorRT, or it does not load.
+    """
+    path = library.find_library(flavor.major, explicit)
+    library.load_library(flavor.module.get_plugin_registry(), path, flavor.version)
+    return path

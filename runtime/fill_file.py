@@ -1,0 +1,105 @@
+"""Jobs run one after the other on one Inpainter: read, fill, write; a failure of one does not stop the others."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..plugins.shared.files import written_whole
+from .inpainter import Inpainter
+from .jobs import Job, check_output, find_mask
+from .pictures.canvas import Canvas, Pixels
+from .pictures.geometry import Box, Mask
+from .pictures.image_io import Picture, open_mask, open_picture, output_format
+from .pictures.masks import THRESHOLD, mask_from_image, resized_mask
+
+log = logging.getLogger(__name__)
+
+PANEL = 1024  # longest side of each picture in a comparison
+GAP = 8
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are read."""
+
+    threshold: int = THRESHOLD
+    invert: bool = False
+    resize: bool = False
+    from_alpha: bool = False
+
+
+class Batch:
+    """Fills pictures in files with one model and one way of reading masks."""
+
+    def __init__(self, inpainter: Inpainter, mask: Path | None, masks: MaskSettings, concat: bool, force: bool):
+        self._inpainter = inpainter
+        self._mask, self._masks = mask, masks
+        self._concat, self._force = concat, force
+        self._read_mask = functools.lru_cache(maxsize=1)(self._decode_mask)  # one mask for a thousand pictures
+
+    def run(self, job: Job, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Return what was done with one picture, for --json. Raises ValueError, OSError, MisfError or MemoryError."""
+        started = time.perf_counter()
+        mask_path = None if self._mask is None else find_mask(job, self._mask)
+        check_output(job, mask_path, self._concat, self._force)
+        target = output_format(job.output)
+        picture = open_picture(job.image, target)
+        height, width = picture.canvas.size
+        hole = self._read_mask(mask_path or job.image)
+        if self._masks.resize and hole.shape != (height, width):
+            log.info("the mask is resized to %dx%d", width, height)
+            hole = resized_mask(hole, (height, width))
+        before = _panel(picture.canvas) if self._concat else None
+        report = self._inpainter.fill(picture.canvas, hole, progress)
+        if mask_path is None:
+            picture.make_opaque(hole)
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        _write(picture, job.output, changed=report.hole_pixels > 0)
+        record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
+        if before is not None:
+            _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
+            record["concat"] = str(job.comparison)
+        seconds = time.perf_counter() - started
+        return {**record, "width": width, "height": height, **asdict(report), "seconds": round(seconds, 4)}
+
+    def _decode_mask(self, path: Path) -> Mask:
+        settings = self._masks
+        try:
+            return mask_from_image(open_mask(path), settings.threshold, settings.invert, settings.from_alpha)
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _write(picture: Picture, path: Path, changed: bool) -> None:
+    if changed or output_format(path) != picture.format:
+        picture.save(path)
+        return
+    with written_whole(path) as temporary:  # nothing to fill: not even encoded again
+        temporary.write_bytes(picture.data)
+
+
+def _panel(canvas: Canvas) -> Pixels:
+    """Return the whole picture, small enough to look at."""
+    height, width = canvas.size
+    scale = min(1.0, PANEL / max(height, width))
+    return canvas.read(Box(0, 0, width, height), (max(1, round(height * scale)), max(1, round(width * scale))))
+
+
+def _save_comparison(path: Path, before: Pixels, hole: Mask, after: Pixels) -> None:
+    """Write the picture, the picture with its holes in red, and the result, side by side, as PNG."""
+    marked = before.copy()
+    marked[resized_mask(hole, (before.shape[0], before.shape[1]))] = (0.9, 0.1, 0.15)
+    gap = np.ones((before.shape[0], GAP, 3), np.float32)
+    row = np.concatenate([before, gap, marked, gap, after], axis=1)
+    with written_whole(path) as temporary:
+        Image.fromarray(np.rint(row * 255).astype(np.uint8)).save(temporary, "PNG")

@@ -1,0 +1,301 @@
+"""Pictures in and out of files: format, quality, orientation, profile, resolution, EXIF, alpha and depth stay.
+
+What happens to each kind (known pixel: one outside the hole):
+
+    grey, grey + alpha, RGB, RGBA, 1 bit   stay as they are; alpha is not touched
+    palette                                written as RGB(A), known pixels have the same colours; in a GIF the palette
+                                           stays and the hole gets the nearest of its colours
+    16-bit grey (PNG, TIFF)                stays 16 bits
+    16-bit colour PNG                      stays 16 bits, written as PNG; as JPEG or WebP it is reduced, with a warning
+    16-bit colour TIFF, 32-bit numbers     refused: Pillow would drop bits without a word
+    CMYK (JPEG, TIFF)                      stays CMYK, filled through its profile; as another format it becomes RGB
+    rotated by EXIF                        filled as it is displayed, stored turned as before (TIFF, BMP: upright)
+    JPEG                                   written with the tables and the subsampling it had; other input: quality 95
+    WebP                                   lossless stays lossless; else quality 95
+    several frames or pages                refused (of an MPO, a phone's JPEG with extras, the main picture is taken)
+
+The EXIF thumbnail is dropped: it would show what was removed.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+
+from ...plugins.shared.files import written_whole
+from . import png16
+from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
+from .geometry import Mask
+
+log = logging.getLogger(__name__)
+
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+}
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+NO_ALPHA = ("JPEG", "BMP", "GIF")
+KEEPS_ORIENTATION = ("PNG", "JPEG", "WEBP")
+LOSSLESS_TIFF = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd", "group4")
+# Chunks that Pillow does not carry over by itself and that hold for any colour type.
+PNG_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"tIME", b"tEXt", b"zTXt", b"iTXt")
+TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432, 700, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+ORIENTATION = ExifTags.Base.Orientation
+# EXIF orientation to what turns the stored picture into the displayed one; only 6 and 8 are not their own inverse.
+DISPLAYS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+INVERSE = {6: 8, 8: 6}
+
+
+@dataclass
+class Picture:
+    """A picture as it is displayed, on a canvas, with what its file needs to be written again."""
+
+    canvas: PillowCanvas | ArrayCanvas
+    format: str  # that of the file it came from, in Pillow's names
+    orientation: int  # EXIF: 1 to 8
+    exif: Image.Exif
+    info: dict[str, Any]
+    data: bytes  # the file it came from
+
+    def make_opaque(self, mask: Mask) -> None:
+        """Set alpha to opaque where `mask` is True; a picture without alpha stays as it is."""
+        if isinstance(self.canvas, ArrayCanvas):
+            if self.canvas.array.ndim == 3 and self.canvas.array.shape[2] in (2, 4):
+                self.canvas.array[..., -1][mask] = np.iinfo(self.canvas.array.dtype).max
+        elif self.canvas.image.mode in ("LA", "RGBA"):
+            alpha = self.canvas.image.getchannel("A")
+            alpha.paste(255, (0, 0), Image.fromarray(mask))
+            self.canvas.image.putalpha(alpha)
+
+    def save(self, path: Path) -> None:
+        """Write the picture whole or not at all, in the format of the path's suffix. Raises OSError or ValueError."""
+        encoded = self._encoded(output_format(path))
+        with written_whole(path) as temporary:
+            temporary.write_bytes(encoded)
+
+    def _encoded(self, format_: str) -> bytes:
+        turn_back = INVERSE.get(self.orientation, self.orientation) if format_ in KEEPS_ORIENTATION else 1
+        if isinstance(self.canvas, ArrayCanvas):
+            array = _displayed(self.canvas.array, turn_back)
+            if format_ == "PNG" and self.format == "PNG":
+                return png16.encode(array, like=self.data)
+            image = Image.fromarray(array)
+            image.info.update(self.info)
+        else:
+            image = self.canvas.image
+            if turn_back in DISPLAYS:
+                image = image.transpose(DISPLAYS[turn_back])
+        buffer = io.BytesIO()
+        try:
+            image.save(buffer, format_, **self._options(format_))
+        except (OSError, ValueError, SystemError) as error:
+            raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
+        return buffer.getvalue()
+
+    def _options(self, format_: str) -> dict[str, Any]:
+        """Return the keyword arguments for Pillow's save() that keep what the file had."""
+        options: dict[str, Any] = {key: self.info[key] for key in ("icc_profile", "dpi") if self.info.get(key)}
+        exif = Image.Exif()
+        exif.load(self.exif.tobytes())  # a copy, without the thumbnail
+        if format_ not in KEEPS_ORIENTATION:
+            exif.pop(ORIENTATION, None)
+        if format_ in KEEPS_ORIENTATION and len(exif):
+            options["exif"] = exif.tobytes()
+        same = format_ == self.format
+        if format_ == "JPEG":
+            if same:
+                options |= {key: self.info[key] for key in ("qtables", "subsampling")}
+                options["progressive"] = bool(self.info.get("progressive"))
+            else:
+                options |= {"quality": 95, "subsampling": 0}
+        if format_ in ("JPEG", "WEBP") and self.info.get("xmp"):
+            options["xmp"] = self.info["xmp"]
+        if format_ == "WEBP":
+            lossy = self.format == "JPEG" or (same and b"VP8L" not in _riff_chunks(self.data))
+            options |= {"quality": 95} if lossy else {"lossless": True, "exact": True}
+        if format_ == "PNG" and same:
+            options["pnginfo"] = _png_chunks(self.data)
+        if format_ == "TIFF":
+            for tag in [tag for tag in exif if tag not in TIFF_TAGS]:
+                del exif[tag]
+            compression = self.info.get("compression") if same else "tiff_adobe_deflate"
+            options |= {"exif": exif, "compression": compression if compression in LOSSLESS_TIFF else "tiff_lzw"}
+        return options
+
+
+def output_format(path: Path) -> str:
+    """Return Pillow's name of the format that a path's suffix stands for; ValueError for one we do not write."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise ValueError(f"cannot write {path.name}: expected a name that ends in {' '.join(FORMATS)}") from None
+
+
+def open_picture(path: Path, write_as: str | None = None) -> Picture:
+    """Return the picture in a file, ready to be changed and written in format `write_as` (None: that of the file).
+
+    Raises ValueError with one line for a file that is no picture, is damaged, too large, has several frames, or cannot
+    be written in that format without loss of what it holds; OSError when it cannot be read.
+    """
+    data = _read(path)
+    with _opened(path, data) as image:
+        _refuse_frames(path, image)
+        format_ = "JPEG" if image.format == "MPO" else str(image.format)
+        target = write_as or format_
+        info: dict[str, Any] = {str(key): value for key, value in image.info.items()}
+        if isinstance(image, JpegImagePlugin.JpegImageFile):
+            info |= {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
+        raw_mode = png16.raw_mode(image)
+        _refuse_deep_tiff(path, image)
+        _load(path, image)
+        exif = image.getexif()
+        orientation = int(exif.get(ORIENTATION, 1))
+        if orientation not in DISPLAYS:
+            orientation = 1
+        if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
+            raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
+        canvas: PillowCanvas | ArrayCanvas
+        if raw_mode is not None and _keeps_depth(path, target, ("PNG",)):
+            canvas = ArrayCanvas(_displayed(png16.decode(data, raw_mode), orientation))
+        elif image.mode.startswith("I;16") and _keeps_depth(path, target, ("PNG", "TIFF")):
+            canvas = ArrayCanvas(_displayed(np.array(image, np.uint16), orientation))
+        else:
+            working = _working_mode(path, image, target, info)
+            canvas = PillowCanvas(working.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else working)
+    return Picture(canvas, format_, orientation, exif, info, data)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """Return a mask's picture as it is displayed, whole in memory. Raises as open_picture does."""
+    with _opened(path, _read(path)) as image:
+        _refuse_frames(path, image)
+        _load(path, image)
+        return ImageOps.exif_transpose(image)
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected a picture file")
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path} is empty: expected a picture file")
+    return data
+
+
+def _opened(path: Path, data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns from 89 megapixels and refuses from 179; a large photograph is no bomb.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=READABLE)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is refused as a decompression bomb: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture we can read: expected PNG, JPEG, WebP, TIFF, BMP or GIF") from error
+    except Exception as error:  # a damaged header: every decoder has its own exceptions
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _load(path: Path, image: Image.Image) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on odd metadata; what matters is an exception
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"{path} is damaged and cannot be decoded: {error}") from error
+
+
+def _refuse_frames(path: Path, image: Image.Image) -> None:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":
+        raise ValueError(f"{path} has {frames} frames or pages: expected a single picture")
+
+
+def _refuse_deep_tiff(path: Path, image: Image.Image) -> None:
+    bits = image.tag_v2.get(258, (8,)) if image.format == "TIFF" else (8,)  # type: ignore[attr-defined]
+    if image.mode in ("I", "F") or (len(bits) > 1 and max(bits) > 8):
+        raise ValueError(
+            f"{path} has {max(bits)} bits a channel in mode {image.mode}, which cannot be kept: "
+            "convert it to a 16-bit PNG, or to 8 bits"
+        )
+
+
+def _keeps_depth(path: Path, target: str, formats: tuple[str, ...]) -> bool:
+    """Return whether `target` can hold 16 bits of this picture; warn if it is lossy anyway, ValueError if it is not."""
+    if target in formats:
+        return True
+    if target not in ("JPEG", "WEBP"):
+        raise ValueError(f"{path.name} has 16 bits a channel, which are kept in a .png only, not as {target}")
+    log.warning("%s has 16 bits a channel and %s holds 8: reduced", path.name, target)
+    return False
+
+
+def _working_mode(path: Path, image: Image.Image, target: str, info: dict[str, Any]) -> Image.Image:
+    """Return the picture in the mode in which it is filled and written, every colour unchanged."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("P", "PA") and target != "GIF":
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "CMYK" and target not in ("JPEG", "TIFF"):
+        log.warning("%s is CMYK, which %s cannot hold: converted to RGB", path.name, target)
+        info.pop("icc_profile", None)
+        return cmyk_to_srgb(image)
+    if image.mode in ("RGBX", "YCbCr") and target not in ("JPEG", "TIFF"):
+        return image.convert("RGB")
+    if target == "GIF" and image.mode not in ("1", "L", "P"):
+        log.warning("a GIF holds 256 colours: known pixels of %s change too", path.name)
+    return image
+
+
+def _displayed(array: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Return an array H,W or H,W,C turned as DISPLAYS turns a Pillow picture."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
+
+
+def _png_chunks(data: bytes) -> PngImagePlugin.PngInfo:
+    kept = PngImagePlugin.PngInfo()
+    for kind, body in png16.chunks(data):
+        if kind in PNG_CHUNKS:
+            kept.add(kind, body)
+    return kept
+
+
+def _riff_chunks(data: bytes) -> set[bytes]:
+    """Return the kinds of chunks of a WebP file."""
+    kinds, position = set(), 12
+    while position + 8 <= len(data):
+        kinds.add(data[position : position + 4])
+        length = int.from_bytes(data[position + 4 : position + 8], "little")
+        position += 8 + length + length % 2
+    return kinds

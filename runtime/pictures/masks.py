@@ -1,0 +1,115 @@
+"""Masks: white is the hole. Any picture, array or alpha channel becomes a bool array, True = hole."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .geometry import Mask, Size
+
+log = logging.getLogger(__name__)
+
+THRESHOLD = 127
+MOSTLY_HOLE = 0.7
+
+
+def mask_from_image(
+    image: Image.Image, threshold: int = THRESHOLD, invert: bool = False, from_alpha: bool = False
+) -> Mask:
+    """Return bool H,W, True = hole, from a picture of any 8- or 16-bit mode.
+
+    A pixel is a hole where its grey value (over black where it is transparent) is over `threshold`. With `from_alpha`
+    it is one where the alpha channel is transparent by more than `threshold`: alpha 0 is a hole. `invert` swaps both.
+    """
+    if from_alpha:
+        if not image.has_transparency_data:
+            raise ValueError(f"the mask was to come from an alpha channel, and the picture ({image.mode}) has none")
+        grey = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+    else:
+        grey = _grey(image)
+    counts = grey.histogram()
+    brightest = max(value for value, count in enumerate(counts) if count)
+    between = sum(counts[1:255])
+    if between:
+        log.info(
+            "the mask has grey levels (%.2f %% of its pixels): those over %d count as hole",
+            100 * between / (grey.width * grey.height),
+            threshold,
+        )
+    mask = np.asarray(grey) > threshold
+    if not invert and not from_alpha and 0 < brightest <= threshold:
+        log.warning(
+            "the mask's brightest value is %s and only over %d is hole: make holes white (255), or use "
+            "--mask-threshold 0 if every value but 0 is hole",
+            *(brightest, threshold),
+        )
+    elif not invert and not from_alpha and not mask.any() and _is_partly_transparent(image):
+        log.warning(
+            "the mask has no white and its alpha channel tells painted from clear: use that as the mask "
+            "(--mask-from-alpha: clear is hole; with --invert-mask: painted is hole)"
+        )
+    return ~mask if invert else mask
+
+
+def mask_from_array(array: NDArray[Any]) -> Mask:
+    """Return bool H,W, True = hole, from a bool array or one of uint8, over 127 = hole; H,W or H,W,1.
+
+    Raises ValueError for another shape or type, and for uint8 of 0 and 1, which would mean no hole at all.
+    """
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
+        raise ValueError(
+            f"expected a mask of shape H,W and uint8 (over {THRESHOLD} = hole) or bool, "
+            f"got shape {array.shape} and {array.dtype}"
+        )
+    if array.dtype == np.bool_:
+        return array
+    if array.size and array.max() == 1:
+        raise ValueError(f"the mask holds only 0 and 1, and over {THRESHOLD} is hole: pass bool, or 0 and 255")
+    return array > THRESHOLD
+
+
+def resized_mask(mask: Mask, size: Size) -> Mask:
+    """Return the mask at another size H,W, by the nearest pixel."""
+    return np.asarray(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def check_mask(mask: Mask, size: Size) -> None:
+    """Warn of a mask that is empty, full or nearly full; raise ValueError for one of another size than the picture."""
+    if mask.shape != size:
+        raise ValueError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} and the picture {size[1]}x{size[0]} (width x height): "
+            "give a mask of the picture's size (misf-run resizes it with --resize-mask)"
+        )
+    share = np.count_nonzero(mask) / mask.size
+    if share == 0:
+        log.warning("the mask is empty: nothing to fill, the picture stays as it is")
+    elif share == 1:
+        log.warning("the mask covers the whole picture: nothing is known to fill it from; is it inverted?")
+    elif share > MOSTLY_HOLE:
+        log.warning(
+            "the mask covers %.0f %% of the picture: is it inverted? White is hole (--invert-mask swaps)", 100 * share
+        )
+
+
+def _is_partly_transparent(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    least, most = image.convert("RGBA").getchannel("A").getextrema()
+    return least != most
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"masks of 32-bit numbers (Pillow's mode {image.mode}) are not supported: save it as 8 bits")
+    if image.has_transparency_data:
+        shown = image.convert("RGBA")
+        return Image.composite(shown.convert("L"), Image.new("L", shown.size), shown.getchannel("A"))
+    return image.convert("L")

@@ -1,0 +1,234 @@
+"""misf-run: fill the holes of a picture or of a folder of pictures."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..plugins.shared.command import command, log_about, one_line, print_json
+from ..plugins.shared.errors import BATCH_FAILURES, MisfError
+from ..plugins.shared.progress import progress
+
+if TYPE_CHECKING:
+    from .fill_file import Batch
+    from .jobs import Job
+
+log = logging.getLogger(__name__)
+
+EXISTING = click.Path(exists=True, path_type=Path)
+
+
+@dataclass
+class _Results:
+    """What became of the pictures."""
+
+    skipped: list[Path]  # files of the folder that are no pictures
+    finished: list[Job]  # by an earlier run
+    done: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[tuple[Job, Exception]] = field(default_factory=list)
+    interrupted: bool = False  # the run ended before its last picture
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what --json tells of them."""
+        return {
+            "images": self.done,
+            "failures": [{"input": str(job.image), "error": one_line(error)} for job, error in self.failures],
+            "finished_before": [str(job.output) for job in self.finished],
+            "skipped": [str(path) for path in self.skipped],
+            "interrupted": self.interrupted,
+        }
+
+
+def _device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    from .backends.contract import parse_device
+
+    try:
+        return parse_device(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@command("misf-run")
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("image", type=EXISTING)
+@click.argument("mask", type=EXISTING, required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: NAME_inpainted.EXT]")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "onnxruntime", "openvino", "pytorch", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model; auto takes the fastest that is installed and says which.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    envvar="MISF_DEVICE",
+    show_envvar=True,
+    callback=_device,
+    help="auto, cpu, cuda or cuda:N. A GPU that is asked for and not there is an error.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="What to compute in. auto: what the file holds; on OpenVINO bf16 where the processor has it.",
+)
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "crop", "resize", "original"]),
+    default="auto",
+    show_default=True,
+    help="What the model sees: a crop around each hole, the picture resized, or the picture as it is. auto: the "
+    "picture if it is of about the working size, else crops.",
+)
+@click.option(
+    "--working-size",
+    type=click.IntRange(min=64),
+    default=512,
+    show_default=True,
+    help="The model sees about this many pixels squared at a time; memory and time go with it.",
+)
+@click.option("--margin", type=click.IntRange(min=0), help="Context around a hole, pixels. [default: a quarter of it]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+@click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Over it is hole.")
+@click.option("--invert-mask", is_flag=True, help="Black is the hole instead of white.")
+@click.option("--resize-mask", is_flag=True, help="Resize a mask of another size to the picture's.")
+@click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
+@click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
+@click.option("--skip-existing", is_flag=True, help="Leave finished pictures alone: go on with an interrupted run.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def main(
+    model: Path,
+    image: Path,
+    mask: Path | None,
+    output: Path | None,
+    backend: str,
+    device: str,
+    precision: str,
+    strategy: str,
+    working_size: int,
+    margin: int | None,
+    threads: int | None,
+    mask_threshold: int,
+    invert_mask: bool,
+    resize_mask: bool,
+    mask_from_alpha: bool,
+    concat: bool,
+    force: bool,
+    skip_existing: bool,
+    as_json: bool,
+) -> int:
+    """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
+
+    MODEL is an .onnx file, an engine (.plan) or a checkpoint. IMAGE is a picture, or a folder of pictures with MASK one
+    mask for all or a folder of masks with the same names (x.png, or x_mask001.png). Format, profile, EXIF, alpha and
+    every pixel outside the holes stay as they are. Nothing is overwritten without --force, except the file that -o
+    names.
+
+    \b
+    Example:
+      misf-run best.onnx photo.jpg mask.png -o filled.jpg
+    """
+    if mask is None and not mask_from_alpha:
+        raise click.UsageError("Missing argument 'MASK': give a mask, or pass --mask-from-alpha.")
+    if force and skip_existing:
+        raise click.UsageError("--force and --skip-existing contradict each other: give one of them")
+    jobs, results = _planned(
+        image, mask, output, skip_existing
+    )  # before the model is loaded: a wrong path is told at once
+
+    from .fill_file import Batch, MaskSettings
+    from .inpainter import Inpainter
+
+    inpainter = Inpainter(
+        model,
+        backend=backend,
+        device=device,
+        strategy=strategy,
+        working_size=working_size,
+        margin=margin,
+        precision=precision,
+        threads=threads,
+    )
+    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha)
+    chosen = inpainter.backend
+    try:
+        _run(Batch(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)
+    except BaseException:
+        results.interrupted = True
+        raise
+    finally:
+        if as_json:
+            settings = {
+                "model": str(model),
+                "backend": chosen.name,
+                "device": chosen.device,
+                "precision": chosen.precision,
+                "strategy": strategy,
+                "working_size": working_size,
+            }
+            print_json(settings | results.to_dict())
+    if results.failures and not image.is_dir():
+        raise results.failures[0][1]
+    if results.failures:
+        log.error("%d of %d pictures failed", len(results.failures), len(jobs))
+    return BATCH_FAILURES if results.failures else 0
+
+
+def _planned(image: Path, mask: Path | None, output: Path | None, skip_existing: bool) -> tuple[list[Job], _Results]:
+    """Return the jobs to do, and the results with what is not to do."""
+    from .jobs import plan_jobs
+    from .pictures.image_io import output_format
+
+    if output is not None and not image.is_dir() and not output.is_dir():
+        try:
+            output_format(output)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}, or a folder that exists", param_hint="--output") from error
+    jobs, skipped = plan_jobs(image, mask, output)
+    if skipped:
+        names = ", ".join(map(str, skipped[:3])) + (", ..." if len(skipped) > 3 else "")
+        log.warning("%d files in %s are skipped, not pictures we read or broken links: %s", len(skipped), image, names)
+    finished = [job for job in jobs if skip_existing and job.finished]
+    if finished:
+        log.info("%d of %d pictures are finished and left alone", len(finished), len(jobs))
+    waiting = set(jobs) - set(finished)
+    return [job for job in jobs if job in waiting], _Results([image / path for path in skipped], finished)
+
+
+def _run(batch: Batch, jobs: list[Job], results: _Results, folder: bool, print_paths: bool) -> None:
+    """Run the jobs; what becomes of each is added to the results at once."""
+    with progress("pictures" if folder else "crops") as step:
+        for number, job in enumerate(jobs, start=1):
+            try:
+                with log_about(f"{job.relative}: " if folder else ""):
+                    record = batch.run(job, progress=None if folder else step)
+            except (MisfError, ValueError, OSError, MemoryError) as error:
+                results.failures.append((job, error))
+                if folder:
+                    text = one_line(error)
+                    log.error("%s", text if str(job.image) in text else f"{job.relative}: {text}")
+                    log.debug("the failure in full:", exc_info=True)
+            else:
+                results.done.append(record)
+                if print_paths:
+                    print(record["output"], flush=True)
+                log.info(
+                    "%s: %dx%d, %s, %d crops, %.2f s",
+                    job.relative,
+                    record["width"],
+                    record["height"],
+                    record["strategy"],
+                    record["crops"],
+                    record["seconds"],
+                )
+            if folder:
+                step(number, len(jobs))

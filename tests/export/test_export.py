@@ -1,0 +1,270 @@
+"""The exported file, judged by onnx, ONNX's reference evaluator, ONNX Runtime and PyTorch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from misf.export import exporter, precision
+from misf.export.export_cli import main
+from misf.export.onnx_model import complete_model, core_model
+from misf.runtime.checks import accuracy
+from misf.training import PRESETS, load_model
+from misf.training.model.checkpoint import load_checkpoint, save_checkpoint
+from misf.training.model.network import InpaintingNetwork, composite, initialize
+
+TINY = PRESETS["misf-tiny"]
+# N, H, W: smaller than the network's smallest, one row, not multiples of four, a batch that is not square.
+SIZES = [(1, 5, 7), (3, 1, 30), (1, 57, 91), (2, 48, 64)]
+
+
+def run(path: Path | bytes, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    source = path if isinstance(path, bytes) else str(path)
+    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {"image": image, "mask": mask})[0]
+    return result
+
+
+def picture_and_mask(n: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(height)
+    image = rng.random((n, 3, height, width), dtype=np.float32)
+    return image, (rng.random((n, 1, height, width)) > 0.7).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_any_size_equals_pytorch(tiny_onnx: Path, tiny_checkpoint: Path, size: tuple[int, int, int]) -> None:
+    image, mask = picture_and_mask(*size)
+    network = load_model(tiny_checkpoint)
+    hole = torch.from_numpy(mask)
+    with torch.inference_mode():
+        expected = composite(torch.from_numpy(image), network(torch.from_numpy(image), hole), hole).numpy()
+    output = run(tiny_onnx, image, mask)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-4)
+    known = np.broadcast_to(mask == 0, image.shape)
+    assert np.array_equal(output[known], image[known])
+
+
+def test_reference_evaluator_runs_the_file(tiny_onnx: Path) -> None:
+    """ONNX's own evaluator, which knows neither our op nor ONNX Runtime's inlining."""
+    image, mask = picture_and_mask(1, 13, 18)
+    model = onnx.load(tiny_onnx)
+    result = ReferenceEvaluator(model).run(None, {"image": image, "mask": mask})[0]
+    np.testing.assert_allclose(result, run(tiny_onnx, image, mask), rtol=0, atol=1e-4)
+
+
+def test_nan_under_the_mask_does_not_spread(tiny_onnx: Path) -> None:
+    image, mask = picture_and_mask(1, 32, 32)
+    broken = np.where(mask > 0.5, np.float32(np.nan), image)
+    assert np.array_equal(run(tiny_onnx, image, mask), run(tiny_onnx, broken, mask))
+
+
+def test_the_file_is_as_designed(tiny_onnx: Path, tiny_checkpoint: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    onnx.checker.check_model(model, full_check=True)
+    shapes = {
+        value.name: [side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "image": ["batch", 3, "height", "width"],
+        "mask": ["batch", 1, "height", "width"],
+        "output": ["batch", 3, "height", "width"],
+    }
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["misf.config"] == checkpoint.config.to_json()
+    assert (metadata["misf.precision"], metadata["misf.checkpoint_sha256"]) == ("fp32", checkpoint.sha256)
+    assert [function.name for function in model.functions] == ["DynamicFilter"]
+    assert all(entry.version >= 18 for entry in model.opset_import if not entry.domain)
+    # The tracer's notes hold paths of the machine that exported.
+    assert b"site-packages" not in tiny_onnx.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"feature_filter_level": 0, "image_filter": False},
+        {"feature_filter_level": 1, "kernel_size": 5, "share": 2},
+    ],
+    ids=str,
+)
+def test_other_configs(change: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    network = InpaintingNetwork(replace(TINY, **change)).eval()
+    initialize(network)
+    model = complete_model(core_model(network), network.config)
+    onnx.checker.check_model(model, full_check=True)
+    image, mask = picture_and_mask(2, 30, 41)
+    expected = accuracy.torch_reference(network)(image, mask)
+    np.testing.assert_allclose(run(model.SerializeToString(), image, mask), expected, rtol=0, atol=1e-4)
+
+
+def toy_core() -> onnx.ModelProto:
+    """conv_a -> norm -> conv_b with weights that make conv_a's output 1000 times its input's mean."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "a": (np.full((2, 4, 1, 1), 250.0) + rng.random((2, 4, 1, 1))).astype(np.float32),
+        "b": rng.random((3, 2, 1, 1)).astype(np.float32),
+        "scale": np.ones(2, np.float32),
+        "shift": np.zeros(2, np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["y"], "conv_a"),
+        helper.make_node("InstanceNormalization", ["y", "scale", "shift"], ["z"], "norm"),
+        helper.make_node("Conv", ["z", "b"], ["out"], "conv_b"),
+    ]
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, "h", "w"])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["n", 3, "h", "w"])
+    graph = helper.make_graph(nodes, "toy", [x], [out], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type of every tensor, by ONNX's own inference, which fails where types clash."""
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    return {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+
+
+def test_calibration_finds_what_float16_cannot_hold() -> None:
+    core = toy_core()
+    picture = np.random.default_rng(0).random((1, 4, 8, 8), dtype=np.float32)
+    ranges = precision.value_ranges(core, [picture, 0.5 * picture])
+    by_hand = np.einsum("oc,nchw->nohw", onnx.numpy_helper.to_array(core.graph.initializer[0])[:, :, 0, 0], picture)
+    assert ranges["y"] == pytest.approx(np.abs(by_hand).max(), rel=1e-5)
+    assert list(precision.float32_layers(core, ranges, limit=500.0)) == ["conv_a"]
+    assert precision.float32_layers(core, ranges, limit=5000.0) == {}
+    # NaN anywhere is no small value.
+    assert list(precision.float32_layers(core, {**ranges, "out": float("nan")}, limit=5000.0)) == ["conv_b"]
+
+
+def test_float16_typing() -> None:
+    half, full = TensorProto.FLOAT16, TensorProto.FLOAT
+    typed = precision.to_float16(toy_core())
+    onnx.checker.check_model(typed, full_check=True)
+    types = types_of(typed)
+    assert (types["y"], types["z"]) == (half, full)
+    assert precision.float_types(typed) == {"fp16": 2}
+    assert [value.type.tensor_type.elem_type for value in (*typed.graph.input, *typed.graph.output)] == [full, full]
+    kept = precision.to_float16(toy_core(), ["conv_a"])
+    assert types_of(kept)["y"] == full
+    assert precision.float_types(kept) == {"fp32": 1, "fp16": 1}
+    # Norm after a float32 layer needs no cast in between.
+    assert [node.op_type for node in kept.graph.node] == ["Conv", "InstanceNormalization", "Cast", "Conv", "Cast"]
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_export_to_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "half.onnx"
+    result = invoke("--checkpoint", tiny_checkpoint, "--fp16", "-o", output, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["precision"] == "fp16"
+    assert set(report["convolutions"]) == {"fp16"}
+    assert all(case["finite"] and case["psnr_hole_db"] >= 50 for case in report["check"])
+    model = onnx.load(output)
+    types = types_of(model)
+    norms = [node.output[0] for node in model.graph.node if node.op_type == "InstanceNormalization"]
+    assert norms
+    assert all(types[name] == TensorProto.FLOAT for name in norms)
+    filters = [node.output[0] for node in model.graph.node if node.op_type == "DynamicFilter"]
+    assert len(filters) == 2
+    assert all(types[name] == TensorProto.FLOAT16 for name in filters)
+
+
+def test_layers_out_of_range_are_kept_and_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    weights = dict(checkpoint.weights)
+    weights["prediction.down.0.0.weight"] = weights["prediction.down.0.0.weight"] * 1e6
+    weights["prediction.feature_taps.weight"] = weights["prediction.feature_taps.weight"] * 1e-6
+    weights["prediction.image_taps.weight"] = weights["prediction.image_taps.weight"] * 1e-6
+    path = tmp_path / "large.safetensors"
+    save_checkpoint(path, checkpoint.config, weights)
+    report = exporter.export_onnx(load_checkpoint(path), tmp_path / "large.onnx", "fp16")
+    assert {"prediction.down.0.0", "prediction.down.1.0", "prediction.feature_taps"} <= set(report.float32_layers)
+    assert not {"stem", "head", "middle.0.conv1"} & set(report.float32_layers)
+    assert all(result.finite for result in report.results)
+
+
+def test_a_miss_writes_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that goes wrong: one weight differs from PyTorch's."""
+    output = tmp_path / "best.onnx"
+    output.write_bytes(b"precious")
+    core = core_model(load_model(tiny_checkpoint))
+    (head,) = (tensor for tensor in core.graph.initializer if tensor.name == "head.weight")
+    head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(1.01), head.name))
+    monkeypatch.setattr(exporter, "core_model", lambda _network: core)
+    result = invoke("--checkpoint", tiny_checkpoint, "-o", output)
+    assert result.exit_code == 3
+    assert "differs too much from PyTorch, so it was not written" in result.stderr
+    assert output.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--checkpoint", "absent.pt"], 2, "absent.pt"),
+        (["--checkpoint", "."], 2, "is a directory"),
+        (["--checkpoint", "text.pt"], 1, "not a PyTorch checkpoint"),
+        (["--checkpoint", "tiny.safetensors"], 1, "tiny.onnx exists: give --force"),
+        (["--checkpoint", "tiny.safetensors", "-o", "x.txt"], 2, "ends in .onnx"),
+        (["--checkpoint", "tiny.safetensors", "-o", "missing/x.onnx"], 1, "missing/x.onnx: No such file"),
+        (["--checkpoint", "tiny.safetensors", "--fp16", "--precision", "fp32"], 2, "contradict"),
+        (["--checkpoint", "tiny.safetensors", "--official", "-o", "x.onnx"], 1, "leave out --official"),
+        (["--checkpoint", "tiny.safetensors", "-o", "x.onnx", "--calibration", "empty"], 1, "found none"),
+        ([], 2, "--checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.pt").write_text("weights go here")
+    Path("tiny.safetensors").symlink_to(tiny_checkpoint)
+    Path("tiny.onnx").write_bytes(b"precious")
+    Path("empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr.splitlines()[-1]
+    assert sorted(tmp_path.iterdir()) == before
+    assert Path("tiny.onnx").read_bytes() == b"precious"
+
+
+@pytest.mark.slow
+def test_the_published_network_in_onnx_runtime(tmp_path: Path) -> None:
+    """Full size, with the weights and the answers of the official generator."""
+    from ..training.golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
+
+    with np.load(GOLDEN) as golden:
+        shapes = {str(n): tuple(int(s) for s in shape if s) for n, shape in zip(golden["names"], golden["shapes"])}  # noqa: B905
+        torch.save({"iteration": 1, "generator": official_weights(shapes)}, tmp_path / "gen.pth")
+        network = load_model(tmp_path / "gen.pth", official=True)
+        model = complete_model(core_model(network), network.config).SerializeToString()
+        picture, mask = (tensor.numpy() for tensor in picture_and_mask())
+        output = torch.from_numpy(run(model, picture, mask))
+        hole = np.broadcast_to(mask > 0.5, picture.shape)
+        for part, value in stored(output).items():
+            inside = stored(torch.from_numpy(hole.astype(np.float32)))[part] > 0.5
+            np.testing.assert_allclose(value[inside], golden[part][inside], rtol=0, atol=1e-4)

@@ -1,0 +1,40 @@
+"""What all commands share."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import os, sys
+from misf.plugins.shared.command import command
+
+@command("misf-thing")
+def main():
+    assert "torch" not in sys.modules
+    print(os.environ["OMP_WAIT_POLICY"])
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(own: str | None, expected: str) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": own} if own else {}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_no_command_loads_pytorch_before_its_body_runs() -> None:
+    """Or the setting would come too late."""
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    commands = re.findall(r'^misf-\w+ = "(.*):main"$', pyproject, re.MULTILINE)
+    assert len(commands) >= 8
+    program = f"import sys, {', '.join(commands)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -1,0 +1,156 @@
+"""misf-verify and misf-doctor: right numbers pass, wrong ones do not, and both say so to scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from misf.plugins.dynamic_filter.onnx_op import one_node_model
+from misf.plugins.shared.errors import MisfError
+from misf.runtime.checks import accuracy, doctor
+from misf.runtime.checks.verify_cli import main as verify
+
+
+def invoke(command: Any, *arguments: str | Path) -> Any:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_compare_by_hand() -> None:
+    image = np.full((1, 3, 2, 2), 0.5, np.float32)
+    mask = np.array([[[[1, 0], [0, 0]]]], np.float32)
+
+    def off_by(amount: float) -> accuracy.Inpaint:
+        return lambda image, mask: (image + np.float32(amount) * mask).astype(np.float32)
+
+    result = accuracy.compare(off_by(0.1), off_by(0), image, mask)
+    assert result.max_abs == pytest.approx(0.1)
+    assert result.mean_abs == pytest.approx(0.025)
+    assert result.psnr_hole_db == pytest.approx(20.0, abs=1e-5)
+    assert result.psnr_db == pytest.approx(20 + 10 * math.log10(4), abs=1e-5)
+    assert accuracy.compare(off_by(0), off_by(0), image, mask).to_dict()["psnr_hole_db"] is None
+    strict = accuracy.Tolerance(max_abs=0.05, min_psnr_db=30)
+    assert len(result.faults(strict)) == 2
+    changed = accuracy.compare(lambda image, _: image + np.float32(1e-6), off_by(0), image, mask)
+    assert changed.faults(accuracy.Tolerance()) == ["1x2x2: known pixels were changed"]
+    broken = accuracy.compare(off_by(math.nan), off_by(0), image, mask)
+    assert not broken.finite
+    # NaN compares false with everything: it must miss every tolerance, not pass it.
+    assert len(broken.faults(strict)) == 4
+
+
+def test_a_backend_that_fails_is_one_line() -> None:
+    def crash(_image: object, _mask: object) -> Any:
+        raise RuntimeError("bad\nnode")
+
+    image, mask = np.zeros((1, 3, 4, 4), np.float32), np.ones((1, 1, 4, 4), np.float32)
+    with pytest.raises(MisfError, match="the model fails at 1x4x4: bad node"):
+        accuracy.compare(crash, lambda image, _: image, image, mask)
+
+
+def test_a_float16_file_is_held_to_float16_whatever_computes_it() -> None:
+    assert accuracy.tolerance("fp32", "fp16") == accuracy.TOLERANCES["fp16"]
+    assert accuracy.tolerance("bf16", "fp32") == accuracy.TOLERANCES["bf16"]
+    assert accuracy.tolerance("fp32", "fp32").max_abs == 1e-4
+
+
+def test_unreadable_photograph_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.jpg").write_bytes((accuracy.SAMPLES / "chelsea.jpg").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"torn\.jpg cannot be read"):
+        accuracy.load_photographs(tmp_path)
+
+
+def test_cases_cover_what_the_gate_promises() -> None:
+    shapes = [image.shape for image, _ in accuracy.cases(accuracy.load_photographs())]
+    assert any(shape[0] > 1 for shape in shapes)
+    assert any(shape[2] != shape[3] for shape in shapes)
+    assert any(shape[2] % 4 for shape in shapes)
+    for image, mask in accuracy.cases(accuracy.load_photographs()):
+        assert image.std() > 0.1
+        assert 0.05 < mask.mean() < 0.5
+        assert set(np.unique(mask)) == {0.0, 1.0}
+
+
+def test_verify_passes_and_reports(tiny_onnx: Path, tiny_checkpoint: Path) -> None:
+    arguments = (tiny_onnx, "--checkpoint", tiny_checkpoint, "--backend", "onnxruntime")
+    result = invoke(verify, *arguments, "--size", "64x80", "--size", "2x33x47", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"]
+    assert [case["size"] for case in report["cases"]] == ["1x64x80", "2x33x47"]
+    assert report["tolerance"] == {"max_abs": 1e-4, "min_psnr_db": None}
+    table = invoke(verify, *arguments, "--size", "64x80")
+    assert "1x64x80" in table.stdout
+    assert table.stdout.splitlines()[-1] == "passed (max_abs 0.0001)"
+
+
+def test_verify_refuses_another_model(tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    (head,) = (tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
+    head.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(head) * np.float32(1.05), head.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    arguments = ("--checkpoint", tiny_checkpoint, "--backend", "onnxruntime", "--size", "64x64")
+    result = invoke(verify, tmp_path / "wrong.onnx", *arguments, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["passed"] is False
+    assert "differs too much" in result.stderr
+    loose = invoke(verify, tmp_path / "wrong.onnx", *arguments, "--min-psnr", "10")
+    assert loose.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["absent.onnx", "--checkpoint", __file__], 2, "'absent.onnx' does not exist"),
+        ([__file__, "--checkpoint", __file__, "--size", "0x64"], 2, "expected HxW"),
+        ([__file__, "--checkpoint", __file__, "--device", "gpu"], 1, "unknown device"),
+        ([__file__, "--checkpoint", __file__, "--backend", "foo"], 2, "'foo' is not one of"),
+        ([__file__], 2, "--checkpoint"),
+    ],
+    ids=["no model", "size", "device", "backend", "no checkpoint"],
+)
+def test_verify_bad_arguments(arguments: list[str], code: int, message: str) -> None:
+    result = invoke(verify, *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr.splitlines()[-1]
+
+
+def test_doctor_runs_the_op_everywhere() -> None:
+    result = invoke(doctor.main, "--json")
+    assert result.exit_code == 0, result.stdout
+    report = json.loads(result.stdout)
+    assert {"pytorch cpu", "onnxruntime cpu", "openvino cpu"} <= {check["backend"] for check in report["op"]}
+    assert all(check["ok"] and check["max_abs"] < 1e-5 for check in report["op"])
+    assert report["packages"]["numpy"] == np.__version__
+    assert "onnxruntime cpu    ok" in invoke(doctor.main).stdout
+
+
+def test_doctor_notices_wrong_numbers_and_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: a filter that flips, and one that does not start."""
+    right = doctor._torch_op("cpu")
+    monkeypatch.setattr(doctor, "_torch_op", lambda _: lambda f, t: right(f, np.ascontiguousarray(t[:, ::-1])))
+
+    def crash(_: str) -> Any:
+        def run(_features: Any, _taps: Any) -> Any:
+            raise RuntimeError("no such\nprovider")
+
+        return run
+
+    monkeypatch.setattr(doctor, "_onnxruntime_op", crash)
+    result = invoke(doctor.main, "--json")
+    assert result.exit_code == 1
+    problems = {check["backend"]: check["problem"] for check in json.loads(result.stdout)["op"]}
+    assert problems["pytorch cpu"].startswith("wrong numbers")
+    assert problems["onnxruntime cpu"] == "RuntimeError: no such provider"
+    assert problems["openvino cpu"] is None
+
+
+def test_shipped_op_model_is_what_the_code_makes() -> None:
+    """After a change of the function body: onnx.save(one_node_model(8, 3, 4), "runtime/checks/op_check.onnx")."""
+    assert onnx.load(doctor.OP_CHECK) == one_node_model(8, 3, 4)

@@ -1,0 +1,169 @@
+"""Checkpoints: what is written comes back, and every wrong file is told apart without running its code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from misf.plugins.shared.errors import MisfError
+from misf.training import PRESETS, load_model
+from misf.training.model.checkpoint import load_checkpoint, official_names, save_checkpoint
+from misf.training.model.config import NetworkConfig
+from misf.training.model.network import InpaintingNetwork
+
+TINY = PRESETS["misf-tiny"]
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return InpaintingNetwork(TINY).state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_round_trip(tmp_path: Path, weights: dict[str, torch.Tensor], suffix: str, dtype: torch.dtype) -> None:
+    path = tmp_path / f"x{suffix}"
+    save_checkpoint(path, TINY, weights, 42, dtype=dtype, notes={"data": "none"})
+    loaded = load_checkpoint(path)
+    assert (loaded.config, loaded.iteration) == (TINY, 42)
+    for name, tensor in weights.items():
+        assert torch.equal(loaded.weights[name], tensor.to(dtype).float())
+    assert not load_model(path).training
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_save_loses_nothing(
+    tmp_path: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"precious")
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=r"x\.pt.*No space left"):
+        save_checkpoint(path, TINY, weights)
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    proof = tmp_path / "code-ran"
+    for name, protocol in (("zip.pt", None), ("bare.pth", 2), ("bare4.pth", 4)):
+        path = tmp_path / name
+        if protocol is None:
+            torch.save({"generator": Malicious(proof)}, path)
+        else:
+            path.write_bytes(pickle.dumps({"generator": Malicious(proof)}, protocol))
+        with pytest.raises(MisfError, match=r"run code|damaged") as caught:
+            load_checkpoint(path, official=True)
+        assert "\n" not in str(caught.value)
+        assert not proof.exists()
+
+
+def official_state() -> dict[str, torch.Tensor]:
+    """Names and shapes of an official generator, all zeros, without copying anything official."""
+    with torch.device("meta"):
+        ours = InpaintingNetwork(NetworkConfig()).state_dict()
+    state = {
+        f"{theirs}.{kind}": torch.zeros(1).expand(ours[f"{name}.{kind}"].shape)
+        for theirs, name in official_names(NetworkConfig()).items()
+        for kind in ("weight", "bias")
+    }
+    state["kpn_model.conv_final.weight"] = torch.zeros(3, 12, 3, 3)
+    return state | {"kpn_model.conv_final.bias": torch.zeros(3)}
+
+
+def wrong_files() -> dict[str, tuple[Any, bool, str]]:
+    """Content to torch.save (bytes: as they are), whether to load with official=True, and the expected words."""
+    state = official_state()
+    first = "encoder0.1.weight"
+    less = {name: value for name, value in state.items() if name != first}
+    header = b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'
+    return {
+        "empty.pt": (b"", False, "is empty"),
+        "text.pt": (b"weights go here", False, "not a PyTorch checkpoint"),
+        "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", False, "not a whole safetensors"),
+        "no_config.safetensors": (struct.pack("<Q", len(header)) + header + bytes(36), False, "no misf config"),
+        "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", False, "not a whole safetensors"),
+        "list.pt": ([1, 2], False, "holds a list"),
+        "discriminator.pth": ({"discriminator": state}, True, "discriminator.*generator's file"),
+        "no_flag.pth": ({"generator": state, "iteration": "many"}, False, "--official"),
+        "missing.pth": ({"generator": less}, True, f"missing {first}"),
+        "extra.pth": ({"generator": {**state, "encoder9.weight": torch.zeros(1)}}, True, "unexpected encoder9.weight"),
+        "shape.pth": ({"generator": {**state, first: torch.zeros(64, 3, 7, 7)}}, True, r"\(64, 3, 7, 7\) instead of"),
+        "other.pth": ({"state_dict": {"layer1.weight": torch.zeros(3)}}, True, "another model.*layer1.weight"),
+        "optimizer.pth": ({"optimizer": {"lr": 0.1}}, False, "optimizer"),
+        "ours_bad_config.pt": ({"format": "misf-1", "config": {"width": -3}, "network": {}}, False, "1..1024"),
+        "ours_no_weights.pt": ({"format": "misf-1", "config": {"width": 8}, "network": {}}, False, "missing"),
+        "ours_odd_config.pt": ({"format": "misf-1", "config": {"width": {8}}, "network": {}}, False, "plain numbers"),
+        "ours_not_bool.pt": (
+            {"format": "misf-1", "config": {"normalize": "no"}, "network": {}},
+            False,
+            "true or false",
+        ),
+        "sparse.pth": ({"generator": {**state, first: torch.zeros(64, 4, 7, 7).to_sparse()}}, True, "no plain"),
+        "ours_official.pt": ({"format": "misf-1", "config": {}, "network": {}}, True, "leave out --official"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_files())
+def test_wrong_files_are_told_apart(tmp_path: Path, name: str) -> None:
+    content, official, message = wrong_files()[name]
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(MisfError, match=message) as caught:
+        load_checkpoint(path, official=official)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["bare", "module.", "state_dict"])
+def test_official_layouts_that_are_accepted(tmp_path: Path, form: str) -> None:
+    state = {("module." if form == "module." else "") + name: value for name, value in official_state().items()}
+    torch.save({"state_dict": state} if form == "state_dict" else state, tmp_path / "x.pth")
+    assert load_checkpoint(tmp_path / "x.pth", official=True).config == NetworkConfig()
+
+
+def test_truncated_at_any_point(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    for suffix in (".pt", ".safetensors"):
+        whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+        save_checkpoint(whole, TINY, weights)
+        content = whole.read_bytes()
+        for length in (1, 8, 9, 100, len(content) // 2, len(content) - 1):
+            cut.write_bytes(content[:length])
+            with pytest.raises(MisfError, match=r"cut\."):
+                load_checkpoint(cut)
+
+
+def test_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(MisfError, match="is a folder"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+def test_nan_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    broken = {**weights, "stem.bias": torch.full_like(weights["stem.bias"], torch.nan)}
+    save_checkpoint(tmp_path / "x.pt", TINY, broken)
+    with pytest.raises(MisfError, match=r"NaN or infinite weights in stem\.bias"):
+        load_model(tmp_path / "x.pt")

@@ -1,0 +1,8 @@
+"""How good is a fill?
+
+metrics.py      PSNR, SSIM, L1
+lpips.py        LPIPS, where its weights are given
+baselines.py    the classical methods to compare with
+evaluate.py     a model over a set of photographs and masks, by the share of the picture that is hole
+eval_cli.py     misf-eval
+"""

@@ -1,0 +1,194 @@
+"""misf-eval: PSNR, SSIM, L1 and LPIPS of any model, and of the classical methods, per mask band."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...plugins.shared.command import command, misf_version, print_json
+from ...plugins.shared.errors import BATCH_FAILURES, MisfError
+from ...plugins.shared.extras import need
+from ...plugins.shared.progress import progress
+
+if TYPE_CHECKING:
+    from ..dataset import Pictures
+    from ..mask_drawing import MaskFolder
+    from .evaluate import Distance, Method
+
+log = logging.getLogger(__name__)
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@command("misf-eval")
+@click.option("--checkpoint", "checkpoints", multiple=True, type=FILE, help="Weights to measure; may be repeated.")
+@click.option(
+    "--model", "models", multiple=True, type=FILE, help="Model file to measure (.onnx, ...); may be repeated."
+)
+@click.option("--official", is_flag=True, help="The checkpoints are generator files of the official MISF repository.")
+@click.option("--peers", is_flag=True, help="Measure OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic too.")
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
+@click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
+@click.option("--invert-mask", is_flag=True, help="Mask files are black where the hole is.")
+@click.option(
+    "--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Grey above it: hole."
+)
+@click.option("--size", type=click.IntRange(min=32), default=256, show_default=True, help="Side of the centre crop.")
+@click.option(
+    "--resize", is_flag=True, help="Shrink the whole middle square to --size, as the official evaluation does."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random masks.")
+@click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
+@click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
+@click.option(
+    "--backend", default="auto", show_default=True, help="What runs the model: auto, onnxruntime, openvino..."
+)
+@click.option("--device", envvar="MISF_DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document, with every picture's numbers, on stdout."
+)
+def main(
+    checkpoints: tuple[Path, ...],
+    models: tuple[Path, ...],
+    official: bool,
+    peers: bool,
+    data: Path,
+    masks: str,
+    invert_mask: bool,
+    mask_threshold: int,
+    size: int,
+    resize: bool,
+    seed: int,
+    per_band: int | None,
+    backbone: Path | None,
+    backend: str,
+    device: str,
+    precision: str,
+    as_json: bool,
+) -> int:
+    """Measure how well models fill holes: each picture's centre crop, once per mask band (0-20, 20-40, 40-60 %).
+
+    The masks depend on --seed alone, so that all models and all runs see the same. Known pixels are the picture's own.
+    Exit code 5: some pictures could not be read and were left out.
+
+    \b
+    Example:
+        misf-eval --checkpoint best.safetensors --peers --data photographs/
+    """
+    if not (checkpoints or models or peers):
+        raise click.UsageError("nothing to measure: give --checkpoint, --model or --peers")
+    if official and not checkpoints:
+        raise click.UsageError("--official says what --checkpoint is: give --checkpoint")
+    if masks == "random" and invert_mask:
+        raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
+    _check_installed()
+    pictures, mask_files = _data(data, masks, invert_mask, mask_threshold)
+    distance = _distance(backbone) if backbone else None
+    methods = _methods(
+        checkpoints, models, official, peers, {"backend": backend, "device": device, "precision": precision}
+    )
+
+    from .evaluate import cases, document, evaluate
+
+    taken = len(pictures) if per_band is None else min(per_band, len(pictures))
+    chosen = cases(pictures, size=size, seed=seed, per_band=per_band, masks=mask_files, resize=resize)
+    with progress("pictures", 3 * taken, lines=True) as step:
+        for done, _ in enumerate(evaluate(methods, chosen, distance), start=1):
+            step(done)
+    if not methods[0].rows:
+        reason = next(iter(pictures.bad.values()), "no mask has a hole of 0 to 60 % of its area")
+        raise MisfError(f"nothing was measured: {reason}")
+    settings = {
+        "size": size,
+        "resize": resize,
+        "seed": seed,
+        "per_band": per_band,
+        "masks": masks if masks == "random" else Path(masks).name,
+    }
+    if as_json:
+        print_json({"misf": misf_version(), **document(methods, data.name, pictures, settings, details=True)})
+    else:
+        _print_table(methods, distance is not None)
+    return BATCH_FAILURES if pictures.bad else 0
+
+
+def _check_installed() -> None:
+    need("misf-eval", "train", "torch", "cv2", "skimage")
+
+
+def _data(data: Path, masks: str, invert: bool, threshold: int) -> tuple[Pictures, MaskFolder | None]:
+    from ..dataset import Pictures, picture_paths
+    from ..mask_drawing import MaskFolder
+
+    pictures = Pictures(picture_paths(data), cache_bytes=0)
+    if masks == "random":
+        return pictures, None
+    return pictures, MaskFolder(picture_paths(masks), invert=invert, threshold=threshold)
+
+
+def _methods(
+    checkpoints: tuple[Path, ...], models: tuple[Path, ...], official: bool, peers: bool, settings: dict[str, str]
+) -> list[Method]:
+    from .baselines import PEERS
+    from .evaluate import Method, model_fill
+
+    methods = []
+    names = [path.name for path in (*checkpoints, *models)]
+    for path in (*checkpoints, *models):
+        # --backend chooses for model files; a checkpoint runs on PyTorch.
+        chosen = {**settings, "backend": "auto"} if path in checkpoints else settings
+        fill, where = model_fill(path, official=official and path in checkpoints, **chosen)
+        name = path.name if names.count(path.name) == 1 else str(path)
+        methods.append(Method(name, fill, path=path, where=where))
+    if peers:
+        methods += [Method(name, fill, where="cpu") for name, fill in PEERS.items()]
+    return methods
+
+
+def _distance(backbone: Path) -> Distance:
+    import torch
+
+    from .lpips import load_lpips
+
+    lpips = load_lpips(backbone)
+
+    def distance(truth: Any, result: Any) -> float:
+        pair = [torch.from_numpy(x.transpose(2, 0, 1)[None].copy()).float() / 255 for x in (truth, result)]
+        return float(lpips(*pair))
+
+    return distance
+
+
+def _print_table(methods: list[Method], with_lpips: bool) -> None:
+    import sys
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..mask_drawing import BANDS, band_name
+
+    table = Table(box=box.SIMPLE, caption="whole composite; 'in hole' counts the hole's pixels only")
+    for heading in ("hole", "method", "PSNR dB", "in hole", "SSIM", "L1 %", *(["LPIPS"] if with_lpips else []), "ms"):
+        table.add_column(heading, justify="left" if heading in ("hole", "method") else "right")
+    reports = [method.report() for method in methods]
+    for band in map(band_name, BANDS):
+        for number, report in enumerate(reports):
+            means: dict[str, float] = report["bands"][band]
+            if means["pictures"]:
+                digits = {
+                    "psnr_db": 2,
+                    "hole_psnr_db": 2,
+                    "ssim": 4,
+                    "l1_percent": 2,
+                    **({"lpips": 4} if with_lpips else {}),
+                }
+                numbers = [f"{means[name]:.{places}f}" for name, places in digits.items()]
+                first = f"{band} ({means['pictures']})" if number == 0 else ""
+                table.add_row(first, report["name"], *numbers, f"{report['median_fill_ms']:.1f}")
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a pipe has no width: names are not cut

@@ -1,0 +1,245 @@
+"""Measuring any filling method on the same pictures and masks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...plugins.shared.files import sha256
+from ..dataset import Pictures
+from ..mask_drawing import BANDS, Band, Mask, MaskFolder, band_name, band_of, random_mask
+from .baselines import Fill
+from .metrics import compare, mean_of, paste
+
+Picture = NDArray[np.uint8]
+Distance = Callable[[Picture, Picture], float]
+
+METRICS = (
+    "means over pictures, of the 8-bit composite: PSNR in dB; SSIM with a Gaussian window of sigma 1.5, mean over RGB; "
+    "L1 in percent of full range; hole PSNR over the hole's pixels only; LPIPS (AlexNet) where its weights were given"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture with one mask: `truth` uint8 size,size,3 and `hole` bool size,size."""
+
+    name: str
+    band: Band
+    truth: Picture
+    hole: Mask
+
+    @property
+    def damaged(self) -> Picture:
+        """The picture with its hole set to 0: what a method is given to see."""
+        return np.where(self.hole[:, :, None], 0, self.truth).astype(np.uint8)
+
+
+def centre_crop(picture: Picture, size: int, resize: bool = False) -> Picture:
+    """Return the middle square uint8 size,size,3 at native pixels; of a smaller picture, its middle square enlarged.
+
+    resize: the largest square in the middle, resized, instead.
+    """
+    side = min(picture.shape[:2]) if resize else min(size, *picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    square = picture[top : top + side, left : left + side]
+    if side != size:
+        square = np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.LANCZOS))
+    return np.ascontiguousarray(square)
+
+
+def cases(
+    pictures: Pictures,
+    *,
+    size: int = 256,
+    seed: int = 0,
+    per_band: int | None = None,
+    masks: MaskFolder | None = None,
+    resize: bool = False,
+) -> Iterator[Case]:
+    """Yield each good picture's centre crop once per band, with a mask of that band.
+
+    Args:
+        pictures: those that cannot be decoded are left out (they are in `pictures.bad`).
+        size: side of the crops in pixels.
+        seed: the masks depend on the seed, the band and the picture's place in the list alone.
+        per_band: that many pictures, spread evenly over the list; None takes all.
+        masks: take them from here, in their order, grouped by their own area; None generates them.
+        resize: shrink the whole middle square to `size` instead of cutting it out at native pixels.
+
+    A band for which `masks` has no mask has no cases.
+    """
+    chosen: Sequence[int] = range(len(pictures))
+    if per_band is not None and per_band < len(chosen):
+        chosen = [round(i * (len(pictures) - 1) / max(per_band - 1, 1)) for i in range(per_band)]
+    groups = _grouped(masks, size) if masks else {}
+    for place, index in enumerate(chosen):
+        picture = pictures.get(index)
+        if picture is None:
+            continue
+        truth = centre_crop(picture, size, resize)
+        for number, band in enumerate(BANDS):
+            if masks is None:
+                hole = random_mask(np.random.default_rng([seed, number, index]), size, size, band)
+            elif groups[band]:
+                hole = masks.read(groups[band][place % len(groups[band])], size, size)
+            else:
+                continue
+            yield Case(pictures.paths[index].name, band, truth, hole)
+
+
+def _grouped(masks: MaskFolder, size: int) -> dict[Band, list[int]]:
+    """Return the mask numbers of each band."""
+    groups: dict[Band, list[int]] = {band: [] for band in BANDS}
+    for index in range(len(masks)):
+        band = band_of(masks.read(index, size, size))
+        if band is not None:
+            groups[band].append(index)
+    return groups
+
+
+@dataclass
+class Method:
+    """A way to fill holes, and what its pictures measured so far."""
+
+    name: str
+    fill: Fill
+    path: Path | None = None
+    where: str = ""
+    rows: list[dict[str, float]] = field(default_factory=list)
+    labels: list[tuple[str, Band]] = field(default_factory=list)
+    fill_ms: list[float] = field(default_factory=list)
+
+    def measure(self, case: Case, distance: Distance | None = None) -> Picture:
+        """Return the composite uint8 for `case`, after adding its metrics; `distance` adds lpips.
+
+        Raises ValueError, naming the method and the picture, when the prediction is not finite.
+        """
+        start = time.perf_counter()
+        filling = self.fill(case.damaged, case.hole)
+        self.fill_ms.append(1000 * (time.perf_counter() - start))
+        try:
+            result = paste(case.truth, filling, case.hole)
+        except ValueError as error:
+            raise ValueError(f"{self.name} on {case.name}: {error}") from error
+        row = compare(case.truth, result, case.hole)
+        if distance is not None:
+            row["lpips"] = distance(case.truth, result)
+        self.rows.append(row)
+        self.labels.append((case.name, case.band))
+        return result
+
+    def report(self) -> dict[str, Any]:
+        """Return name, place, time, and the means of all metrics per band and over all, ready for JSON."""
+        bands = {}
+        for band in BANDS:
+            rows = [row for row, (_, of) in zip(self.rows, self.labels, strict=True) if of == band]
+            bands[band_name(band)] = {"pictures": len(rows), **mean_of(rows)}
+        return {
+            "name": self.name,
+            "where": self.where,
+            "median_fill_ms": round(median(self.fill_ms), 2) if self.fill_ms else None,
+            "bands": bands,
+            "all": {"pictures": len(self.rows), **mean_of(self.rows)},
+        }
+
+    def details(self) -> list[dict[str, Any]]:
+        """Return one entry per picture and mask: picture, band and its metrics."""
+        return [
+            {"picture": name, "band": band_name(band), **row}
+            for row, (name, band) in zip(self.rows, self.labels, strict=True)
+        ]
+
+
+def model_fill(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    precision: str = "auto",
+    official: bool = False,
+) -> tuple[Fill, str]:
+    """Return a model file as a filling method, and where it runs: 'onnxruntime cpu fp32'.
+
+    Args:
+        path: whatever the runtime opens: a checkpoint, .onnx...
+        backend, device, precision: as `misf.runtime.backends.open_backend` takes them.
+        official: the file is a generator checkpoint of the official MISF repository; runs on PyTorch.
+    """
+    if official:
+        run, where = _official(path, device), "pytorch official fp32"
+    else:
+        from ...runtime.backends import open_backend
+
+        opened = open_backend(path, backend, device, precision)
+        run, where = opened, f"{opened.name} {opened.device} {opened.precision}"
+
+    def fill(picture: Picture, hole: Mask) -> NDArray[np.generic]:
+        image = np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
+        filled: NDArray[np.float32] = run(image, hole[None, None].astype(np.float32))[0]
+        return filled.transpose(1, 2, 0)
+
+    return fill, where
+
+
+def _official(path: str | os.PathLike[str], device: str | None) -> Callable[..., NDArray[np.float32]]:
+    import torch
+
+    from ..model.checkpoint import load_model
+
+    place = torch.device("cpu" if device in (None, "auto") else device)
+    network = load_model(path, official=True).to(place)
+
+    def run(image: NDArray[np.float32], mask: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            prediction = network(torch.from_numpy(image).to(place), torch.from_numpy(mask).to(place))
+        picture: NDArray[np.float32] = prediction.cpu().numpy()
+        return picture
+
+    return run
+
+
+def evaluate(
+    methods: Sequence[Method], measured: Iterable[Case], distance: Distance | None = None
+) -> Iterator[tuple[Case, list[Picture]]]:
+    """Measure every method on every case; yield each case with the methods' composites, in the methods' order."""
+    for case in measured:
+        yield case, [method.measure(case, distance) for method in methods]
+
+
+def document(
+    methods: Sequence[Method], data: str, pictures: Pictures, settings: dict[str, Any], *, details: bool
+) -> dict[str, Any]:
+    """Return everything that was measured, ready for JSON: what on, how, and each method's means; paths by name only.
+
+    Args:
+        methods: after their measuring.
+        data: the name of the pictures' folder or list.
+        pictures: what was measured on.
+        settings: size, seed and so on, as given.
+        details: with one entry per method, picture and mask.
+    """
+    reports = []
+    for method in methods:
+        digest = None if method.path is None else sha256(method.path)
+        pages = {"details": method.details()} if details else {}
+        reports.append({**method.report(), "sha256": digest, **pages})
+    return {
+        "data": {
+            "name": data,
+            "pictures": len(pictures),
+            "bad": {path.name: reason for path, reason in pictures.bad.items()},
+        },
+        "settings": settings,
+        "metrics": METRICS,
+        "methods": reports,
+    }

@@ -1,0 +1,259 @@
+"""Masks to train and to measure with: free-form ones from a random generator, or those of a folder.
+
+A mask is a bool array H,W here, True = hole.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..plugins.shared.errors import MisfError
+
+log = logging.getLogger(__name__)
+
+Mask = NDArray[np.bool_]
+Band = tuple[float, float]
+
+#: The paper's three mask bands: the hole's share of the picture, from and to (arXiv 2203.06304, section 4.1).
+BANDS: tuple[Band, ...] = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6))
+
+SMALLEST_SHARE = 0.01  # holes of the first band start here: smaller ones teach and measure little
+
+
+def band_name(band: Band) -> str:
+    """Return a band as people write it: '20-40%'."""
+    return f"{round(100 * band[0])}-{round(100 * band[1])}%"
+
+
+def band_of(mask: Mask) -> Band | None:
+    """Return the band of BANDS that the hole's share falls in (on a limit, the lower); None for none or no hole."""
+    share = float(mask.mean())
+    return next((band for band in BANDS if 0 < share <= band[1]), None)
+
+
+def random_mask(rng: np.random.Generator, height: int, width: int, band: Band | None = None) -> Mask:
+    """Return a free-form mask bool H,W, True = hole: strokes, boxes, ellipses, blobs, mixtures, some cut by the border.
+
+    Args:
+        rng: the only source of randomness: the same generator state gives the same mask.
+        height, width: at least 1 each.
+        band: the hole's share of the picture, from and to, always met; without one, one of BANDS is drawn.
+
+    Raises ValueError for a band that no whole number of pixels falls in.
+    """
+    low, high = BANDS[int(rng.integers(len(BANDS)))] if band is None else band
+    area = height * width
+    fewest, most = max(1, math.ceil(low * area - 1e-9)), math.floor(high * area + 1e-9)
+    if not 0 <= low < high <= 1 or fewest > most:
+        raise ValueError(f"no mask of {width}x{height} pixels has a hole of {low:g} to {high:g} of its area")
+    share = rng.uniform(min(max(low, SMALLEST_SHARE), high), high)
+    target = int(np.clip(round(share * area), fewest, most))
+    draw = _MAKERS[int(rng.integers(len(_MAKERS)))]
+    canvas = np.zeros((height, width), np.uint8)
+    count = 0
+    for _ in range(40):
+        # The last shape is as large as what is missing, so that most masks need no trimming.
+        missing = target - count
+        draw(rng, canvas, missing if rng.random() < 0.5 else missing * rng.uniform(0.2, 1.0))
+        count = int(np.count_nonzero(canvas))
+        if count >= 0.97 * target:
+            break
+    if fewest <= count <= most:
+        return canvas.astype(bool)
+    return _resized(canvas, target, fewest, most)
+
+
+def _resized(canvas: NDArray[np.uint8], target: int, fewest: int, most: int) -> Mask:
+    """Return the drawing grown or eroded evenly to `target` pixels; whole rings of pixels where the limits allow."""
+    import cv2
+
+    if not canvas.any():
+        canvas[canvas.shape[0] // 2, canvas.shape[1] // 2] = 1
+    # Distance below 0 inside the drawing, above 0 outside: the level sets are the grown and eroded masks.
+    distance = cv2.distanceTransform(1 - canvas, cv2.DIST_L2, 5) - cv2.distanceTransform(canvas, cv2.DIST_L2, 5)
+    order = np.argsort(distance, axis=None, kind="stable")
+    level = distance.flat[order[target - 1]]
+    mask: Mask = distance <= level
+    if not fewest <= np.count_nonzero(mask) <= most:
+        mask = np.zeros(canvas.shape, bool)
+        mask.flat[order[:target]] = True
+    return mask
+
+
+Maker = Callable[[np.random.Generator, NDArray[np.uint8], float], None]
+
+_BITS = 4  # fractional bits of OpenCV's drawing coordinates
+
+
+def _fixed(points: NDArray[np.float64]) -> NDArray[np.int32]:
+    return np.round(np.clip(points, -1e5, 1e5) * (1 << _BITS)).astype(np.int32)
+
+
+def _place(rng: np.random.Generator, canvas: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return a centre (x, y), anywhere in the picture."""
+    return rng.random(2) * (canvas.shape[1], canvas.shape[0])
+
+
+def _outline(rng: np.random.Generator, canvas: NDArray[np.uint8], unit: NDArray[np.float64], area: float) -> None:
+    """Fill a closed curve (points x, y around 0, of area near 1), scaled, stretched, turned and moved."""
+    import cv2
+
+    stretch = math.exp(rng.uniform(-0.7, 0.7))
+    angle = rng.uniform(0, math.pi)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    points = unit * (stretch, 1 / stretch) * math.sqrt(area) @ turn + _place(rng, canvas)
+    cv2.fillPoly(canvas, [_fixed(points)], 1, shift=_BITS)
+
+
+_ANGLES = np.arange(48) * (2 * math.pi / 48)
+_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
+
+
+def _ellipse(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
+    _outline(rng, canvas, _CIRCLE / math.sqrt(math.pi), area)
+
+
+def _blob(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
+    """Fill an outline like an object's: a circle whose radius a few low harmonics disturb."""
+    waves = np.arange(2, 8)
+    heights = rng.normal(size=6) * 0.5 / waves
+    phases = rng.uniform(0, 2 * math.pi, 6)
+    radius = np.maximum(1 + (heights * np.cos(_ANGLES[:, None] * waves + phases)).sum(axis=1), 0.15)
+    radius /= math.sqrt(math.pi * float(np.mean(radius**2)))
+    _outline(rng, canvas, _CIRCLE * radius[:, None], area)
+
+
+def _box(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
+    stretch = math.exp(rng.uniform(-0.8, 0.8))
+    sides = np.maximum(np.round(np.array([stretch, 1 / stretch]) * math.sqrt(area)), 1)
+    left, top = np.floor(_place(rng, canvas) - sides / 2).astype(int)
+    canvas[max(top, 0) : max(top + int(sides[1]), 0), max(left, 0) : max(left + int(sides[0]), 0)] = 1
+
+
+def _stroke(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
+    """Draw a brush stroke: a walk that turns smoothly or sharply, of constant width."""
+    import cv2
+
+    side = min(canvas.shape)
+    thickness = max(1, round(side * rng.uniform(0.02, 0.14)))
+    corners = int(rng.integers(2, 9))
+    step = min(max(area / thickness, 1.0), 3.0 * side) / corners
+    turns = rng.normal(size=corners) * rng.uniform(0.2, 1.6)
+    angles = rng.uniform(0, 2 * math.pi) + np.cumsum(turns)
+    steps = np.stack([np.cos(angles), np.sin(angles)], axis=1) * step * rng.uniform(0.5, 1.5, (corners, 1))
+    points = _place(rng, canvas) + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])
+    cv2.polylines(canvas, [_fixed(points)], False, 1, thickness=thickness, shift=_BITS)
+
+
+_SHAPES: tuple[Maker, ...] = (_stroke, _box, _ellipse, _blob)
+
+
+def _mixture(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
+    _SHAPES[int(rng.integers(len(_SHAPES)))](rng, canvas, area * rng.uniform(0.2, 0.7))
+
+
+# Strokes are what users paint and what the published masks hold most of, so they come twice.
+_MAKERS: tuple[Maker, ...] = (_stroke, _stroke, _box, _ellipse, _blob, _mixture, _mixture)
+
+
+class RandomMasks:
+    """Random masks for training: `mask(rng, height, width)`, every band equally often."""
+
+    def __init__(self, bands: Sequence[Band] = BANDS) -> None:
+        self.bands = tuple(bands)
+
+    def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
+        """Return a random mask bool H,W of one of the bands."""
+        return random_mask(rng, height, width, self.bands[int(rng.integers(len(self.bands)))])
+
+
+class MaskFolder:
+    """Masks from files, whatever their mode and size: `mask(rng, height, width)` for training, `read` for measuring.
+
+    Args:
+        paths: the mask files. One that cannot be read or marks no hole is reported once and left out by `mask`, its
+            path is in `bad`; for `read`, one that cannot be read is an error that names it.
+        invert: the files mark what is known, not the hole, as the Dunhuang masks do.
+        threshold: grey values above it (0 to 255) are marked.
+        cache_bytes: decoded masks are kept, a bit a pixel, up to this size.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], *, invert: bool = False, threshold: int = 127, cache_bytes: int = 1 << 29
+    ) -> None:
+        if not paths:
+            raise MisfError("no mask files: expected a folder or a list with at least one picture")
+        if not 0 <= threshold < 255:
+            raise ValueError(f"mask threshold {threshold}: expected 0 to 254")
+        self.paths = tuple(paths)
+        self.invert = invert
+        self.threshold = threshold
+        self.bad: dict[Path, str] = {}
+        self._space = cache_bytes
+        self._kept: dict[int, tuple[NDArray[np.uint8], tuple[int, int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int, height: int | None = None, width: int | None = None) -> Mask:
+        """Return mask `index` as bool H,W, True = hole; resized (nearest pixel) where a size is given."""
+        mask = self._decoded(index)
+        if height is None or width is None or mask.shape == (height, width):
+            return mask
+        rows = (np.arange(height) * 2 + 1) * mask.shape[0] // (2 * height)
+        columns = (np.arange(width) * 2 + 1) * mask.shape[1] // (2 * width)
+        resized: Mask = mask[rows[:, None], columns]
+        return resized
+
+    def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
+        """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions.
+
+        Raises MisfError when none can be used; which one a seed draws does not depend on what was drawn before.
+        """
+        for _ in range(1000):
+            mask = self._usable(int(rng.integers(len(self.paths))), height, width)
+            if mask is not None:
+                flips = rng.random(2) < 0.5
+                return mask[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+        raise MisfError(
+            f"none of {len(self.bad)} masks can be used, for one {next(iter(self.bad.values()))}; "
+            "--invert-mask and --mask-threshold say what is a hole"
+        )
+
+    def _usable(self, index: int, height: int, width: int) -> Mask | None:
+        path = self.paths[index]
+        if path in self.bad:
+            return None
+        try:
+            mask = self.read(index, height, width)
+            if mask.any() or self.read(index).any():  # resizing may lose a thin hole: that is not the file's fault
+                return mask
+            self.bad[path] = f"mask {path} marks no hole"
+        except MisfError as error:
+            self.bad[path] = str(error)
+        log.warning("%s: skipped", self.bad[path])
+        return None
+
+    def _decoded(self, index: int) -> Mask:
+        if index in self._kept:
+            bits, shape = self._kept[index]
+            kept: Mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
+            return kept
+        try:
+            with Image.open(self.paths[index]) as picture:
+                mask: Mask = np.asarray(picture.convert("L"), np.uint8) > self.threshold
+        except Exception as error:  # Pillow raises many classes for broken files
+            raise MisfError(f"mask {self.paths[index]} cannot be read: {error}") from error
+        mask = ~mask if self.invert else mask
+        bits = np.packbits(mask)
+        if bits.nbytes <= self._space:
+            self._space -= bits.nbytes
+            self._kept[index] = bits, mask.shape
+        return mask

@@ -1,0 +1,303 @@
+"""misf-train."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..plugins.shared.command import command
+from ..plugins.shared.errors import MisfError
+from ..plugins.shared.extras import need
+from ..plugins.shared.progress import progress
+from .model.config import PRESETS
+from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .dataset import TrainingSamples
+    from .losses import Vgg19
+    from .run_files import RunFolder
+
+log = logging.getLogger(__name__)
+
+EXISTING = click.Path(exists=True, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+PACE = ("log_every", "save_every", "picture_every")
+"""Options of a run that --resume takes up, unless they are given anew."""
+ANY_TIME = ("output", "resume", "device", "workers", *PACE)
+"""Options that do not change what a run computes: they go with --resume."""
+PATHS = ("data", "val", "init_from", "vgg19")
+"""Options that run.json keeps as absolute paths, or null."""
+
+
+@command("misf-train")
+@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --output, with its own settings.")
+@click.option("--data", type=EXISTING, help="Folder or list of pictures.")
+@click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
+@click.option("--invert-mask", is_flag=True, help="Mask files are black where the hole is.")
+@click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Grey above: hole.")
+@click.option("--val", type=EXISTING, help="Folder or list of pictures to validate on: keeps best.safetensors.")
+@click.option("--config", type=click.Choice(list(PRESETS)), default="misf", show_default=True, help="The network.")
+@click.option("--filters", type=click.Choice(list(ABLATIONS)), help="Which filters it has: the paper's ablations.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True, help="How to train.")
+@click.option("--init-from", type=FILE, help="Checkpoint to start from; its network replaces --config.")
+@click.option("--official", is_flag=True, help="--init-from is a generator file of the official MISF repository.")
+@click.option("--vgg19", type=click.Path(path_type=Path), help="torchvision's VGG-19 weights, for the paper's losses.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps in all.  [default: the recipe's]")
+@click.option("--batch", type=click.IntRange(min=1), help="Pictures per step, over all processes.")
+@click.option("--accumulate", type=click.IntRange(min=1), help="Work a batch off in so many passes, for less memory.")
+@click.option("--crop", type=click.IntRange(min=8), help="Side of the square crops in pixels.")
+@click.option("--zoom-out", type=click.FloatRange(min=1), help="Crops are taken up to this many times larger.")
+@click.option("--whole", is_flag=True, help="No crops: each picture's middle square, resized.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Of the generator; muon takes higher rates (4e-3).")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of the generator.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate.")
+@click.option("--adversarial-kind", type=click.Choice(ADVERSARIAL), help="The adversarial loss.")
+@click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Any other number of the recipe.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights, crops and masks.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: mixed."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load pictures."
+)
+@click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between numbers.")
+@click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between states.")
+@click.option(
+    "--picture-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps between grids."
+)
+def main(output: Path, resume: bool, **options: Any) -> None:
+    """Train a network; the run can be killed at any moment and resumed exactly.
+
+    OUTPUT gets state.pt (for --resume), ema.safetensors (for misf-export and misf-eval), best.safetensors (with --val),
+    run.json, log.jsonl and TensorBoard curves. Several GPUs: start it with torchrun.
+
+    \b
+    Examples:
+        misf-train --data photographs/ --config misf-small --recipe fidelity --output runs/small
+        misf-train --resume --output runs/small
+        torchrun --nproc-per-node 4 -m misf.training.train_cli --data places/ --output runs/full --precision bf16
+    """
+    from .run_files import RunFolder  # loads PyTorch
+
+    folder = RunFolder(output)
+    if resume:
+        _refuse_changes()
+        settings = folder.read_settings()
+        needed = {"recipe", *PATHS, "masks", "invert_mask", "mask_threshold", "official", "precision", *PACE}
+        if lacking := needed - settings.keys():
+            raise MisfError(
+                f"{folder.settings} is damaged, or another version's: it lacks {', '.join(sorted(lacking))}"
+            )
+        options |= {name: settings[name] for name in PACE if not _given(name)}
+    if not resume:
+        if folder.exists:
+            raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
+        if options["data"] is None:
+            raise click.UsageError("--data is missing: a folder or a list of pictures")
+        settings = _settings(options)
+    need("misf-train", "train", "torch", "cv2", "lightning_fabric")
+    _run(folder, settings, options, resume)
+
+
+def _given(name: str) -> bool:
+    """Return whether the user gave the option."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _refuse_changes() -> None:
+    parameters = click.get_current_context().command.params
+    fixed = [parameter for parameter in parameters if parameter.name and parameter.name not in ANY_TIME]
+    given = [parameter.opts[0] for parameter in fixed if parameter.name and _given(parameter.name)]
+    given = [option for option in given if option not in ("-v", "-q", "--version")]
+    if given:
+        raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}")
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json keeps: the recipe, and where everything is."""
+    import json
+
+    recipe = _recipe(options)
+    if options["masks"] != "random" and not Path(options["masks"]).exists():
+        raise click.UsageError(f"--masks {options['masks']}: expected random, or a folder or list of mask files")
+    if options["masks"] == "random" and options["invert_mask"]:
+        raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
+    return {
+        "recipe": json.loads(recipe.to_json()),
+        **{name: options[name] and str(options[name].resolve()) for name in PATHS},
+        "masks": options["masks"] if options["masks"] == "random" else str(Path(options["masks"]).resolve()),
+        "invert_mask": options["invert_mask"],
+        "mask_threshold": options["mask_threshold"],
+        "official": options["official"],
+        **{name: options[name] for name in ("precision", *PACE)},
+    }
+
+
+def _recipe(options: dict[str, Any]) -> TrainingConfig:
+    """Return the recipe that the options describe."""
+    if options["official"] and not options["init_from"]:
+        raise click.UsageError("--official says what --init-from is: give --init-from")
+    network = PRESETS[options["config"]]
+    if options["init_from"]:
+        from .model.checkpoint import load_checkpoint
+
+        if options["filters"]:
+            raise click.UsageError("--filters would change the network of --init-from: leave one of them out")
+        network = load_checkpoint(options["init_from"], official=options["official"]).config
+    elif options["filters"]:
+        network = replace(network, **ABLATIONS[options["filters"]])
+    recipe = RECIPES[options["recipe"]]
+    if recipe.needs_vgg and not options["vgg19"]:
+        recipe = recipe.without_vgg()
+        log.info("no --vgg19: the discriminator's features take the place of VGG's (see docs/training.md)")
+    names = (
+        "steps",
+        "batch",
+        "accumulate",
+        "crop",
+        "zoom_out",
+        "optimizer",
+        "learning_rate",
+        "schedule",
+        "adversarial_kind",
+        "seed",
+    )
+    chosen: dict[str, Any] = {name: options[name] for name in names if options[name] is not None}
+    if options["whole"]:
+        chosen["whole"] = True
+    if options["optimizer"] not in (None, recipe.optimizer) and options["learning_rate"] is None:
+        raise click.UsageError(
+            f"--optimizer {options['optimizer']} takes another rate than the {recipe.learning_rate:g} of "
+            f"--recipe {options['recipe']}: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
+        )
+    chosen |= _numbers(options["changes"])
+    recipe = replace(recipe, network=network, **chosen)
+    if options["vgg19"] and not recipe.needs_vgg:
+        raise click.UsageError("the recipe does not compare VGG-19's features: leave out --vgg19")
+    return recipe
+
+
+def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
+    """Return the --set options: floats and switches (0 or 1) of the recipe by name."""
+    known = {item.name: item.type for item in fields(TrainingConfig) if item.type in ("float", "bool")}
+    found: dict[str, float | bool] = {}
+    for change in changes:
+        name, _, text = change.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if name not in known or number != number or (known[name] == "bool" and number not in (0, 1)):
+            raise click.UsageError(f"--set {change}: expected NAME=NUMBER, the name one of {', '.join(known)}")
+        found[name] = bool(number) if known[name] == "bool" else number
+    return found
+
+
+def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], resume: bool) -> None:
+    import json
+
+    from .trainer import Trainer, make_fabric, train
+
+    recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
+    fabric = make_fabric(options["device"], {"fp32": "32-true", "bf16": "bf16-mixed"}[settings["precision"]])
+    if not fabric.is_global_zero:
+        logging.getLogger("misf").setLevel(logging.ERROR)
+    samples = _samples(settings, recipe)
+    trainer = Trainer(recipe, fabric, vgg=_vgg(settings, recipe), weights=_weights(settings))
+    cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
+    samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
+    state = folder.read_state() if resume else None
+    if state is not None:
+        trainer.load_state(state)
+    elif fabric.is_global_zero:
+        folder.write_settings(settings)
+    parameters = sum(parameter.numel() for parameter in trainer.average.parameters())
+    log.info(
+        "%.2f M parameters, %d pictures, %s x %d, from step %d to %d",
+        *(parameters / 1e6, len(samples.pictures), fabric.device, fabric.world_size, trainer.step, recipe.steps),
+    )
+    with progress("steps", recipe.steps, trainer.step, lines=fabric.is_global_zero) as step:
+        train(
+            trainer,
+            samples,
+            folder,
+            workers=options["workers"],
+            log_every=options["log_every"],
+            save_every=options["save_every"],
+            picture_every=options["picture_every"],
+            cases=cases,
+            progress=lambda done, text: step(done, text=text),
+        )
+    trainer.close()
+    if fabric.is_global_zero:
+        log.info("done; the weights:")
+        click.echo(folder.weights)
+
+
+def _samples(settings: dict[str, Any], recipe: TrainingConfig) -> TrainingSamples:
+    from .dataset import MaskSource, Pictures, TrainingSamples, picture_paths
+    from .mask_drawing import MaskFolder, RandomMasks
+
+    masks: MaskSource = RandomMasks()
+    if settings["masks"] != "random":
+        masks = MaskFolder(
+            picture_paths(settings["masks"]), invert=settings["invert_mask"], threshold=settings["mask_threshold"]
+        )
+    pictures = Pictures(picture_paths(settings["data"]))
+    pictures.preload()
+    return TrainingSamples(
+        pictures,
+        masks,
+        crop=recipe.crop,
+        seed=recipe.seed,
+        zoom_out=recipe.zoom_out,
+        whole=recipe.whole,
+        shuffle_colors=recipe.shuffle_colors,
+    )
+
+
+def _vgg(settings: dict[str, Any], recipe: TrainingConfig) -> Vgg19 | None:
+    if not recipe.needs_vgg:
+        return None
+    from .losses import load_vgg19
+
+    return load_vgg19(settings["vgg19"])
+
+
+def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:
+    if not settings["init_from"]:
+        return None
+    from .model.checkpoint import load_checkpoint
+
+    return load_checkpoint(settings["init_from"], official=settings["official"]).weights
+
+
+def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]] | None:
+    """Return up to 8 pictures per mask band, cropped to 256x256: always the same."""
+    if not settings["val"]:
+        return None
+    import torch
+
+    from .dataset import Pictures, picture_paths
+    from .judging.evaluate import cases
+
+    found = []
+    for case in cases(Pictures(picture_paths(settings["val"])), size=256, seed=0, per_band=8):
+        image = torch.from_numpy(case.truth.transpose(2, 0, 1).copy()).float().div_(255)
+        mask = torch.from_numpy(case.hole.astype("float32"))
+        found.append((image[None].to(device), mask[None, None].to(device)))
+    if not found:
+        raise MisfError(f"--val {settings['val']}: none of its pictures can be decoded")
+    return found
+
+
+if __name__ == "__main__":
+    main()
