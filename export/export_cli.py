@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,12 @@ import click
 from ..plugins.shared.command import command, print_json
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need
+from ..plugins.shared.files import sha256, written_whole
 from ..runtime.backends.contract import ENGINES
 from .engine.build_cli import finish
 from .engine.options import engine_options, given, parse_engine_options
 
 if TYPE_CHECKING:
-    from .engine.builder import EngineOptions, EngineReport
     from .exporter import ExportReport
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ log = logging.getLogger(__name__)
     help="Layers with larger values on the calibration pictures stay float32.",
 )
 @engine_options
-@click.option("--force", is_flag=True, help="Replace an existing file that -o did not name.")
+@click.option("--force", is_flag=True, help="Replace existing files that -o did not name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.pass_context
 def main(
@@ -80,6 +82,8 @@ def main(
     The file is compared with PyTorch on photographs at several sizes before it is put in place. When it differs too
     much (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
 
+    Beside an engine X.plan stays X.onnx, which it is built of: other machines and misf-verify --layers need it.
+
     The options from --backend to --device are for engines, which misf-build makes of an ONNX file too.
 
     \b
@@ -96,7 +100,11 @@ def main(
             raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
     elif output.suffix.lower() in ENGINES:
         options = parse_engine_options(engine, precision)
-        finish(_export_engine(checkpoint, official, output, precision, calibration, range_limit, options), as_json)
+        onnx_file = output.with_suffix(".onnx")
+        _put(onnx_file, force, lambda path: _export(checkpoint, official, path, precision, calibration, range_limit))
+        from .engine.builder import build_engine
+
+        finish(build_engine(onnx_file, output, options), as_json)
         return
     elif output.suffix.lower() != ".onnx":
         known = ", ".join((".onnx", *ENGINES))
@@ -139,19 +147,15 @@ def _export(
     return export_onnx(load_checkpoint(checkpoint, official=official), output, precision, photographs, range_limit)
 
 
-def _export_engine(
-    checkpoint: Path,
-    official: bool,
-    output: Path,
-    precision: str,
-    calibration: Path | None,
-    range_limit: float,
-    options: EngineOptions,
-) -> EngineReport:
-    """Export to an ONNX file that does not stay, and build it."""
+def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:
+    """Write the ONNX file that an engine beside it is built of; MisfError where another model of that name is there."""
     with tempfile.TemporaryDirectory(prefix="misf-export-") as folder:
-        onnx_file = Path(folder) / f"{output.stem}.onnx"
-        _export(checkpoint, official, onnx_file, precision, calibration, range_limit)
-        from .engine.builder import build_engine
-
-        return build_engine(onnx_file, output, options)
+        fresh = Path(folder) / onnx_file.name
+        export(fresh)
+        if onnx_file.is_file() and not force and sha256(onnx_file) != sha256(fresh):
+            raise MisfError(
+                f"{onnx_file}, which the engine is built of, exists and is another model: give --force to replace it, "
+                "or -o to name another engine"
+            )
+        with written_whole(onnx_file) as temporary:
+            shutil.copyfile(fresh, temporary)

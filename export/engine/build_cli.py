@@ -12,7 +12,7 @@ from ...plugins.shared.command import command, print_json
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import need
 from ...runtime.backends.contract import ENGINES
-from .options import document, engine_options, parse_engine_options, summary
+from .options import document, engine_options, layer_lines, parse_engine_options, summary
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def engine_path(output: Path) -> Path:
 def finish(report: Any, as_json: bool) -> None:
     """Say what was built, on stderr, and print its path or the JSON document."""
     log.info("%s", summary(report))
+    for line in layer_lines(report):
+        log.debug("%s", line)
     for line in report.commands.values():
         log.info("also: %s", line)
     log.info("check it: misf-verify %s --checkpoint CHECKPOINT", report.path)

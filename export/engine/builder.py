@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +26,8 @@ from ...plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfErr
 from ...plugins.shared.files import sha256, written_whole
 from ...runtime.backends.contract import check_onnx
 from ...runtime.engines.cudart import CudaError, CudaRuntime, gpu_name
-from ...runtime.engines.flavors import Flavor, load_flavor, make_logger, reason, use_plugin
+from ...runtime.engines.flavors import Flavor, load_flavor, logger_of, reason, use_plugin
+from ...runtime.engines.inspector import inspect, inspected_layers, inspected_proof
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
 from ..precision import float_types
 from .monitor import cancellable, make_monitor
@@ -96,10 +95,10 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     plugin = _plugin(flavor, options)
     log.info("building with %s%s", flavor.title, f" for {machine.gpu}" if machine.gpu else "")
     plan, obtained = _build(flavor, model, options, plugin is not None, machine, source, asked)
-    proof = "network"
+    proof, layers = "network", {}
     if flavor.has_plugins:
-        check_inspected(asked, _inspect(flavor, plan, options.device), output)
-        proof = "engine"
+        information = _inspect(flavor, plan, options)
+        proof, layers = inspected_proof(asked, information, str(output)), inspected_layers(information)
     info = EngineInfo(
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
@@ -119,6 +118,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
         checkpoint_sha256=metadata.get("misf.checkpoint_sha256", ""),
         plugin=plugin.name if plugin else None,
         plugin_sha256=sha256(plugin) if plugin else None,
+        layers=layers,
         settings={"workspace_gib": options.workspace_gib, "opt_level": options.opt_level},
         misf=misf_version(),
     )
@@ -143,7 +143,10 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
 
 
 def _machine(flavor: Flavor, device: int) -> _Machine:
-    """Return the GPU that the engine will be bound to. RTX engines are for all RTX GPUs, and are built without one."""
+    """Return the GPU that the engine will be bound to, now this thread's.
+
+    RTX engines are for all RTX GPUs, and are built without one.
+    """
     if not flavor.has_plugins:
         return _Machine()
     try:
@@ -153,6 +156,7 @@ def _machine(flavor: Flavor, device: int) -> _Machine:
         raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
     if device >= count:
         raise EnvironmentMismatch(f"cuda:{device} was asked for and there are {count} GPUs")
+    cuda.set_device(device)  # before anything of TensorRT's is made, which stays with the GPU of that time
     return _Machine(gpu_name(device), cuda.compute_capability(device))
 
 
@@ -179,7 +183,7 @@ def _build(
     asked: str,
 ) -> tuple[bytes, dict[str, int]]:
     """Return the plan and how many convolutions of the parsed network are of each type."""
-    trt, logger = flavor.module, make_logger(flavor)
+    trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11.x types always
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
@@ -222,6 +226,10 @@ def _configure(trt: Any, builder: Any, config: Any, options: EngineOptions) -> N
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 10 bits of mantissa are not fp32
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # for RTX: or its work cannot be captured as a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # or every shape takes the largest's memory
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     profile, limits = builder.create_optimization_profile(), options.limits
     for name, channels in INPUTS.items():
         shapes = [(n, channels, height, width) for n, height, width in (limits.min, limits.opt, limits.max)]
@@ -244,13 +252,15 @@ def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: 
     if cache is None or not config.set_timing_cache(cache, False):
         log.warning("the timing cache %s is damaged or of another TensorRT: starting a new one", path)
         config.set_timing_cache(config.create_timing_cache(b""), False)
-    yield
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            temporary.write_bytes(config.get_timing_cache().serialize())
-    except OSError as error:
-        log.warning("the timing cache was not kept: %s", one_line(error))
+        yield
+    finally:  # a build that was cancelled measured for minutes too
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as temporary:
+                temporary.write_bytes(config.get_timing_cache().serialize())
+        except OSError as error:
+            log.warning("the timing cache was not kept: %s", one_line(error))
 
 
 def network_types(trt: Any, network: Any) -> dict[str, int]:
@@ -277,41 +287,15 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
         )
 
 
-def _inspect(flavor: Flavor, plan: bytes, device: int) -> str:
+def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
     """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
-    trt, logger = flavor.module, make_logger(flavor)
-    CudaRuntime().set_device(device)
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    logger = logger_of(flavor)
+    runtime = flavor.module.Runtime(logger)  # must outlive the engine
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise MisfError(f"{flavor.title} built an engine that it does not load: {reason(logger)}")
-    text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return text
-
-
-def inspected_types(information: str) -> dict[str, int]:
-    """Return how many tensors of an engine's layers are 'fp16' and 'fp32', from the inspector's JSON.
-
-    TensorRT 10 writes 'Format/Datatype' in words, TensorRT 11 'Format' and 'DataType' apart.
-    """
-    counts: Counter[str] = Counter()
-    for layer in json.loads(information).get("Layers", []):
-        if not isinstance(layer, dict):  # layers by name only
-            continue
-        for tensor in (*layer.get("Inputs", []), *layer.get("Outputs", [])):
-            text = " ".join(str(tensor.get(key, "")) for key in ("Format/Datatype", "Format/DataType", "DataType"))
-            if re.search(r"half|fp16|float16", text, re.IGNORECASE):
-                counts["fp16"] += 1
-            elif re.search(r"fp32|float", text, re.IGNORECASE):
-                counts["fp32"] += 1
-    return dict(counts)
-
-
-def check_inspected(asked: str, information: str, output: Path) -> None:
-    """Raise AccuracyError when fp16 was asked for and the finished engine has no fp16 tensor."""
-    types = inspected_types(information)
-    log.debug("tensors of the engine's layers: %s", types)
-    if asked == "fp16" and not types.get("fp16"):
-        raise AccuracyError(f"fp16 was asked for and no layer of {output} runs in it (inspector: {types})")
+    n, height, width = options.limits.opt
+    return inspect(flavor.module, engine, {name: (n, channels, height, width) for name, channels in INPUTS.items()})
 
 
 def other_tools(flavor: Flavor, plan: Path, limits: Limits, plugin: Path | None) -> dict[str, str]:

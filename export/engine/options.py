@@ -117,6 +117,16 @@ def summary(report: EngineReport) -> str:
     )
 
 
+def layer_lines(report: EngineReport) -> list[str]:
+    """Return what the inspector said of the engine's layers, in words; nothing where it was not asked."""
+    layers = report.info.layers
+    if not layers:
+        return []
+    kinds = ", ".join(f"{count} {kind}" for kind, count in layers["kinds"].items())
+    filters = [f"filter {name}: {'; '.join(formats)}" for name, formats in layers["filters"].items()]
+    return [f"layers: {kinds}; {layers['reformats']} change a tensor's format only", *filters]
+
+
 def document(report: EngineReport) -> dict[str, Any]:
     """Return the report for --json."""
     from dataclasses import asdict

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnxruntime
 
 from ...plugins.shared.command import one_line
@@ -29,7 +30,10 @@ def has_cuda() -> bool:
 
 
 class OnnxRuntimeBackend:
-    """An ONNX file of ours in an ONNX Runtime session. See `Backend` for the call."""
+    """An ONNX file of ours in an ONNX Runtime session. See `Backend` for the call.
+
+    On a GPU it takes torch tensors too, which stay there; that was never run on a GPU (docs/gpu-status.md).
+    """
 
     name = "onnxruntime"
     limits = None
@@ -56,8 +60,30 @@ class OnnxRuntimeBackend:
             )
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the finished picture."""
-        output: Tensor = self._session.run(["output"], {"image": image, "mask": mask})[0]
+        """Return the finished picture, where and as what `image` came."""
+        if hasattr(image, "__cuda_array_interface__"):
+            output: Tensor = self._on_gpu(image, mask)
+        else:
+            output = self._session.run(["output"], {"image": image, "mask": mask})[0]
+        return output
+
+    def _on_gpu(self, image: Any, mask: Any) -> Any:
+        """Return the finished picture for torch tensors on this session's device, which are read where they lie."""
+        import torch
+
+        kind, _, index = self.device.partition(":")
+        output = image.new_empty(image.shape)
+        binding = self._session.io_binding()
+        for name, tensor in (("image", image), ("mask", mask), ("output", output)):
+            fits = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            if not fits or str(tensor.device) != self.device:
+                found = f"{getattr(tensor, 'dtype', type(tensor))} on {getattr(tensor, 'device', 'an unknown device')}"
+                raise ValueError(f"{name} must be a contiguous float32 torch tensor on {self.device}, got {found}")
+            bind = binding.bind_output if name == "output" else binding.bind_input
+            bind(name, kind, int(index or 0), np.float32, tuple(tensor.shape), tensor.data_ptr())
+        torch.cuda.current_stream(image.device).synchronize()  # ONNX Runtime's stream is another
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
         return output
 
 
@@ -100,4 +126,9 @@ def _session(path: Path, providers: list[Any], threads: int | None) -> Any:
 
 
 def _cuda_options(index: int) -> dict[str, Any]:
-    return {"device_id": index, "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+    return {
+        "device_id": index,
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": 0,  # on by default, and 10 bits of mantissa are not fp32
+    }

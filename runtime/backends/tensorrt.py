@@ -1,20 +1,23 @@
 """Engines of misf-build on TensorRT and TensorRT for RTX. Needs their Python module and libcudart, nothing else.
 
 The side-car is compared with this machine before TensorRT sees the plan. Each shape of picture has its own execution
-context, buffers and, from its second use on, a CUDA graph of copies and kernels; the least recently used are dropped.
-Everything runs on a stream of its own.
+context, buffers and, from its second use on, a CUDA graph; the least recently used are dropped. All share the memory
+that TensorRT works in, since one runs at a time, on a stream of its own.
 
 Pictures may lie in NumPy arrays, or on the GPU in torch tensors or anything else with __cuda_array_interface__: those
-are not copied, and the result is of the same kind.
+are copied on the GPU only, and the result is of the same kind. A torch tensor comes back at once: torch's stream waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
+import mmap
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +28,8 @@ import numpy as np
 from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 from ...plugins.shared.files import sha256
 from ..engines.cudart import OUT_OF_MEMORY, CudaError, CudaRuntime, gpu_name
-from ..engines.flavors import TITLES, Flavor, load_flavor, make_logger, reason, use_plugin
+from ..engines.flavors import TITLES, Flavor, load_flavor, logger_of, reason, use_plugin
+from ..engines.rtx import RtxKernels
 from ..engines.side_car import EngineInfo, check_flavor, check_gpu, check_machine, read_info
 from .contract import device_index
 
@@ -43,7 +47,7 @@ FLOAT_BYTES = 4
 class TensorRtBackend:
     """An engine, loaded. See `Backend` for the call.
 
-    cuda_graph: replay copies and kernels as one graph. zero_copy: let the GPU read and write pinned CPU memory instead
+    cuda_graph: replay the kernels as one graph. zero_copy: let the GPU read and write pinned CPU memory instead
     of copying; pays where both share their memory (Jetson); None: MISF_ZERO_COPY=1, else off. flavor, cuda: only for
     tests. Raises EnvironmentMismatch: this machine is not what the engine was built for. MisfError: it does not load.
     """
@@ -80,17 +84,26 @@ class TensorRtBackend:
         self.name, self.device = flavor.name, f"cuda:{index}"
         self.precision = self.file_precision = info.precision_obtained
         self.config, self.limits, self.checkpoint_sha256 = info.config, info.limits, info.checkpoint_sha256
-        self._index, self._trt, self._logger = index, flavor.module, make_logger(flavor)
-        self._engine = self._load(path, flavor)
-        self._stream = self._cuda.stream()
-        self._graphs = cuda_graph
+        self._index, self._trt, self._logger = index, flavor.module, logger_of(flavor)
         self._zero_copy = self._wants_zero_copy(zero_copy)
+        self._graphs = cuda_graph and flavor.has_plugins  # for RTX: it captures by itself
+        # What contexts are made of. They get memory for their very shape from us, not for the largest of the engine.
+        self._making: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        with self._cuda.on(index):
+            self._engine = self._load(path, flavor)
+            if not flavor.has_plugins:
+                kernels = RtxKernels(flavor.version, found)
+                self._making = kernels.runtime_config(self._trt, self._engine, cuda_graph)
+                weakref.finalize(self, kernels.save)
+            self._stream = self._cuda.stream()
+        self._scratch = (0, 0)  # address and size of the memory that all contexts work in
         self._runs: OrderedDict[tuple[int, int, int], _Run] = OrderedDict()
         self._lock = threading.Lock()  # contexts, buffers and the stream serve one call at a time
 
     def _load(self, path: Path, flavor: Flavor) -> Any:
         self._runtime = self._trt.Runtime(self._logger)
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise MisfError(f"{flavor.title} cannot load {path}: {reason(self._logger)}")
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
@@ -114,8 +127,7 @@ class TensorRtBackend:
         on_gpu = [hasattr(array, "__cuda_array_interface__") for array in (image, mask)]
         if any(on_gpu) and not all(on_gpu):
             raise ValueError("image and mask must both be on the GPU, or both on the CPU")
-        with self._lock:
-            self._cuda.set_device(self._index)
+        with self._lock, self._cuda.on(self._index):
             alone = not self._runs
             try:
                 return self._compute(shape, image, mask, any(on_gpu))
@@ -135,7 +147,7 @@ class TensorRtBackend:
 
     def _compute(self, shape: tuple[int, int, int], image: Any, mask: Any, on_gpu: bool) -> Tensor:
         run = self._run(shape)
-        return run.on_gpu(image, mask) if on_gpu else run.on_cpu(image, mask)
+        return run.on_gpu(image, mask, self._index) if on_gpu else run.on_cpu(image, mask)
 
     def _run(self, shape: tuple[int, int, int]) -> _Run:
         """Return what runs this shape, made when it is new."""
@@ -144,17 +156,45 @@ class TensorRtBackend:
             return self._runs[shape]
         while len(self._runs) >= CACHED_SHAPES:
             self._runs.popitem(last=False)[1].close()
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._engine.create_execution_context(self._making)
         if context is None:
             raise MisfError(f"the engine makes no execution context: {reason(self._logger)}")
-        run = _Run(context, self._cuda, self._stream, self._logger, shape, self._zero_copy, self._graphs)
-        self._runs[shape] = run
+        run = self._runs[shape] = _Run(
+            context, self._cuda, self._stream, self._logger, shape, self._zero_copy, self._graphs
+        )
+        try:
+            # 0 is an error or nothing to ask for: then what the largest shape needs.
+            needed = run.prepare() or self._engine.device_memory_size_v2
+            if needed > self._scratch[1]:
+                self._grow_scratch(needed)
+            elif needed:
+                run.work_in(*self._scratch)
+        except BaseException:
+            self.close()  # others may hold memory that is gone
+            raise
         return run
 
+    def _grow_scratch(self, size: int) -> None:
+        """Give all contexts other memory to work in, larger than before; their graphs hold the old addresses."""
+        self._free_scratch()
+        self._scratch = (self._cuda.malloc(size), size)
+        for run in self._runs.values():
+            run.work_in(*self._scratch)
+
+    def _free_scratch(self) -> None:
+        self._cuda.synchronize(self._stream)
+        for run in self._runs.values():
+            run.drop_graph()
+        (address, size), self._scratch = self._scratch, (0, 0)
+        if size:
+            self._cuda.free(address)
+
     def close(self) -> None:
-        """Free the buffers and graphs of all shapes; they come back when they are needed."""
+        """Free the memory and graphs of all shapes; they come back when they are needed."""
         while self._runs:
             self._runs.popitem()[1].close()
+        with contextlib.suppress(CudaError):
+            self._free_scratch()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # half made, or the process is ending
@@ -170,7 +210,7 @@ def _flavor(path: Path, info: EngineInfo) -> Flavor:
 
 
 def _device(path: Path, device: str, cuda: CudaRuntime | None) -> tuple[CudaRuntime, int]:
-    """Return the CUDA runtime with the asked GPU as this thread's, and the GPU's number."""
+    """Return the CUDA runtime and the asked GPU's number."""
     try:
         cuda = cuda or CudaRuntime()
         count, index = cuda.device_count(), 0 if device == "auto" else device_index(device)
@@ -178,7 +218,6 @@ def _device(path: Path, device: str, cuda: CudaRuntime | None) -> tuple[CudaRunt
         raise EnvironmentMismatch(f"{path} needs an NVIDIA GPU, and none is usable. {error}") from error
     if index >= count:
         raise EnvironmentMismatch(f"device cuda:{index} was asked for and there are {count} GPUs")
-    cuda.set_device(index)
     return cuda, index
 
 
@@ -216,8 +255,8 @@ class _Source(NamedTuple):
     stream: int | None
 
 
-def _source(array: Any, name: str, shape: tuple[int, ...]) -> _Source:
-    """Return a GPU array's place; ValueError unless it is a contiguous float32 array of the shape."""
+def _source(array: Any, name: str, shape: tuple[int, ...], cuda: CudaRuntime, index: int) -> _Source:
+    """Return a GPU array's place; ValueError unless it is a contiguous float32 array of the shape on that GPU."""
     interface = array.__cuda_array_interface__
     found, strides = tuple(interface["shape"]), interface.get("strides")
     contiguous = tuple(FLOAT_BYTES * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
@@ -226,16 +265,23 @@ def _source(array: Any, name: str, shape: tuple[int, ...]) -> _Source:
             f"{name} on the GPU must be a contiguous float32 array of {shape}, got {interface['typestr']} of {found}"
             + ("" if strides in (None, contiguous) else f" with strides {strides}")
         )
-    stream = interface.get("stream")
-    if type(array).__module__.partition(".")[0] == "torch":
+    address, stream = interface["data"][0], interface.get("stream")
+    if (device := cuda.device_of(address)) != index:
+        where = "in no GPU's memory" if device is None else f"on cuda:{device}"
+        raise ValueError(f"{name} must lie on cuda:{index}, where the engine is, and is {where}")
+    if _is_torch(array):
         import torch
 
         stream = torch.cuda.current_stream(array.device).cuda_stream
-    return _Source(interface["data"][0], stream)
+    return _Source(address, stream)
+
+
+def _is_torch(array: Any) -> bool:
+    return type(array).__module__.partition(".")[0] == "torch"
 
 
 class _Run:
-    """One shape: an execution context, its memory, its buffers, its graph."""
+    """One shape: an execution context, its buffers, its graph."""
 
     def __init__(
         self,
@@ -247,111 +293,127 @@ class _Run:
         zero_copy: bool,
         graph: bool,
     ):
-        self._cuda, self._stream, self._logger = cuda, stream, logger
+        self._context, self._cuda, self._stream, self._logger = context, cuda, stream, logger
         n, height, width = shape
         self.shapes = {name: (n, channels, height, width) for name, channels in CHANNELS.items()}
+        self._bytes = {name: FLOAT_BYTES * int(np.prod(sides)) for name, sides in self.shapes.items()}
         self._frees: list[Callable[[], None]] = []
+        self._gpu: dict[str, int] = {}  # addresses of the buffers that the engine reads and writes
+        self._cpu: dict[str, int] = {}  # and of pinned memory, once a picture comes from the CPU
         self._zero_copy, self._graph_wanted = zero_copy, graph
         self._graph: int | None = None
         self._uses = 0
-        self._buffers: dict[str, tuple[Any, int, int]] | None = None  # name -> NumPy view, CPU address, GPU address
-        self._context = context
-        try:
-            for name in INPUTS:
-                if not self._context.set_input_shape(name, self.shapes[name]):
-                    raise MisfError(f"the engine does not take {name} of {self.shapes[name]}: {reason(logger)}")
-            # Memory for this very shape, not for the largest that the engine takes.
-            size = self._context.update_device_memory_size_for_shapes()
-            self._context.set_device_memory(self._device_memory(max(size, 1)), size)
-        except BaseException:
-            self.close()
-            raise
+
+    def prepare(self) -> int:
+        """Set shapes and buffers; return how many bytes TensorRT works in for this shape, or 0 where it cannot tell."""
+        for name in INPUTS:
+            if not self._context.set_input_shape(name, self.shapes[name]):
+                raise MisfError(f"the engine does not take {name} of {self.shapes[name]}: {reason(self._logger)}")
+        for name, size in self._bytes.items():
+            if self._zero_copy:
+                self._gpu[name] = self._cuda.device_pointer(self._pinned(name))
+            else:
+                address = self._gpu[name] = self._cuda.malloc(size)
+                self._frees.append(functools.partial(self._cuda.free, address))
+            if not self._context.set_tensor_address(name, self._gpu[name]):
+                raise MisfError(f"the engine does not take the address of {name}: {reason(self._logger)}")
+        return int(self._context.update_device_memory_size_for_shapes())
+
+    def work_in(self, address: int, size: int) -> None:
+        """Let TensorRT work in this memory."""
+        self._logger.errors.clear()
+        self._context.set_device_memory(address, size)  # returns nothing
+        if self._logger.errors:
+            raise MisfError(f"the engine does not take {size} bytes to work in: {reason(self._logger)}")
 
     def on_cpu(self, image: Any, mask: Any) -> Tensor:
         """Return the finished picture for arrays on the CPU."""
-        if self._buffers is None:
-            self._buffers = {name: self._buffer(shape) for name, shape in self.shapes.items()}
+        places = {name: self._pinned(name) for name in self.shapes}
+        if self._zero_copy:  # a call for torch's stream may still be at work in this memory
+            self._cuda.synchronize(self._stream)
         for name, array in zip(INPUTS, (image, mask), strict=True):
-            np.copyto(self._buffers[name][0], np.asarray(array), casting="same_kind")
-        self._uses += 1
-        if self._uses == 2 and self._graph_wanted:  # a shape that comes once is not worth a graph
-            self._graph = self._captured()
-        if self._graph is None:
-            self._enqueue_with_copies()
-        else:
-            self._cuda.launch(self._graph, self._stream)
+            np.copyto(self._view(name), np.asarray(array), casting="same_kind")
+        self._compute(self._gpu if self._zero_copy else places)
         self._cuda.synchronize(self._stream)
-        result: Tensor = self._buffers["output"][0].copy()
-        return result
+        return self._view("output").copy()
 
-    def on_gpu(self, image: Any, mask: Any) -> Any:
-        """Return the finished picture for arrays on the GPU, which are used where they lie."""
+    def on_gpu(self, image: Any, mask: Any, index: int) -> Any:
+        """Return the finished picture for arrays on GPU `index`, as one of the same kind."""
         output = (
             image.new_empty(self.shapes["output"])
             if hasattr(image, "new_empty")
             else _DeviceArray(self._cuda, self.shapes["output"])
         )
         arrays = {"image": image, "mask": mask, "output": output}
-        sources = {name: _source(array, name, self.shapes[name]) for name, array in arrays.items()}
+        sources = {name: _source(array, name, self.shapes[name], self._cuda, index) for name, array in arrays.items()}
         for source in sources.values():
             if source.stream is None:
                 self._cuda.synchronize()
             else:
                 self._cuda.wait_for(self._stream, source.stream)
-        self._enqueue({name: source.address for name, source in sources.items()})
-        self._cuda.synchronize(self._stream)
+        self._compute({name: source.address for name, source in sources.items()})
+        theirs = sources["output"].stream
+        if theirs is None:
+            self._cuda.synchronize(self._stream)
+        else:
+            self._cuda.wait_for(theirs, self._stream)
         return output
 
-    def _buffer(self, shape: tuple[int, ...]) -> tuple[Any, int, int]:
-        size = FLOAT_BYTES * int(np.prod(shape))
-        host = self._cuda.host_alloc(size)
-        self._frees.append(lambda: self._cuda.free_host(host))
-        view = np.ctypeslib.as_array(ctypes.cast(host, ctypes.POINTER(ctypes.c_float)), shape)
-        return view, host, self._cuda.device_pointer(host) if self._zero_copy else self._device_memory(size)
+    def _compute(self, places: dict[str, int]) -> None:
+        """Enqueue the work on pictures that lie at these addresses, on the CPU or the GPU."""
+        for name in INPUTS:
+            self._copy(self._gpu[name], places[name], name)
+        self._uses += 1
+        if self._uses == 2 and self._graph_wanted:  # a shape that comes once is not worth a graph
+            self._graph = self._captured()
+        if self._graph is None:
+            self._enqueue()
+        else:
+            self._cuda.launch(self._graph, self._stream)
+        self._copy(places["output"], self._gpu["output"], "output")
 
-    def _device_memory(self, size: int) -> int:
-        address = self._cuda.malloc(size)
-        self._frees.append(lambda: self._cuda.free(address))
-        return address
+    def _copy(self, target: int, source: int, name: str) -> None:
+        if target != source:
+            self._cuda.copy(target, source, self._bytes[name], self._stream)
 
-    def _enqueue(self, addresses: dict[str, int]) -> None:
-        for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise MisfError(f"the engine does not take the address of {name}: {reason(self._logger)}")
+    def _pinned(self, name: str) -> int:
+        """Return the address of a buffer's pinned memory on the CPU, made when it is first asked for."""
+        if name not in self._cpu:
+            address = self._cpu[name] = self._cuda.host_alloc(self._bytes[name])
+            self._frees.append(functools.partial(self._cuda.free_host, address))
+        return self._cpu[name]
+
+    def _view(self, name: str) -> Tensor:
+        pointer = ctypes.cast(self._cpu[name], ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(pointer, self.shapes[name])
+
+    def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream):
             raise MisfError(f"the engine failed: {reason(self._logger)}")
 
-    def _enqueue_with_copies(self) -> None:
-        assert self._buffers is not None
-        copies = {} if self._zero_copy else self._buffers
-        for name in INPUTS:
-            if name in copies:
-                view, host, gpu = copies[name]
-                self._cuda.copy(gpu, host, view.nbytes, self._stream)
-        self._enqueue({name: gpu for name, (_, _, gpu) in self._buffers.items()})
-        if "output" in copies:
-            view, host, gpu = copies["output"]
-            self._cuda.copy(host, gpu, view.nbytes, self._stream)
-
     def _captured(self) -> int | None:
-        """Return the work of a call as a graph, or None where it cannot be captured. It has run once before."""
+        """Return the kernels of a call as a graph, or None where they cannot be captured. They ran once before."""
         try:
             self._cuda.begin_capture(self._stream)
-            self._enqueue_with_copies()
+            self._enqueue()
             return self._cuda.end_capture(self._stream)
         except MisfError as error:
             self._cuda.abandon_capture(self._stream)
             log.info("running without a CUDA graph: %s", error)
             return None
 
+    def drop_graph(self) -> None:
+        """Give up the graph, for a new one at the next use. Nothing may be running."""
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._uses = 1
+            self._cuda.destroy_graph(graph)
+
     def close(self) -> None:
         """Free everything."""
-        graph, self._graph = self._graph, None
         with contextlib.suppress(CudaError):
             self._cuda.synchronize(self._stream)
-            if graph is not None:
-                self._cuda.destroy_graph(graph)
-        self._buffers = None
+            self.drop_graph()
         self._context = None
         while self._frees:
             with contextlib.suppress(CudaError):

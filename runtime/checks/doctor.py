@@ -217,7 +217,7 @@ def main(as_json: bool) -> int:
     from .engine_checks import engine_checks, plugin_checks
 
     checks, about, installed = op_checks(), machine(), versions()
-    engines, plugins = engine_checks(OP_CHECK, *op_inputs(), expected_output(*op_inputs())), plugin_checks()
+    engines, plugins = engine_checks(OP_CHECK, *op_inputs(), expected_output), plugin_checks()
     if as_json:
         print_json(
             {

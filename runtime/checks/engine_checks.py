@@ -1,8 +1,12 @@
-"""What misf-doctor says of TensorRT: each flavor really builds the dynamic filter and, where a GPU is, runs it."""
+"""What misf-doctor says of TensorRT: each flavor really builds the dynamic filter and, where a GPU is, runs it.
+
+Once in float32 for one shape, once as engines have it: in float16 for shapes in a range.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +16,8 @@ from ...plugins.dynamic_filter.tensorrt import library
 from ...plugins.shared.command import one_line
 from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 from ...plugins.shared.extras import is_installed
-from ..engines.flavors import FLAVORS, TITLES, Flavor, installed, load_flavor, make_logger, reason, use_plugin
+from ..engines.flavors import FLAVORS, TITLES, Flavor, installed, load_flavor, logger_of, reason, use_plugin
+from ..engines.inspector import inspect, inspected_layers, inspected_proof
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +25,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-TOLERANCE = 1e-4
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
+"""Largest errors. fp16: of a sum in float32 of numbers up to 16, written as float16."""
+DYNAMIC = (1, 4, 4), (4, 64, 64)
+"""Smallest and largest N, H, W of the fp16 engine."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,15 @@ class EngineCheck:
     """The filter on one flavor of TensorRT."""
 
     flavor: str
+    precision: str
     version: str | None = None
     plugin: str | None = None
     """The library that the filter ran on, None: its function body."""
     built: bool = False
     max_abs: float | None = None
     """Largest error of the numbers, None: it was built only, there is no GPU to run it."""
+    formats: tuple[str, ...] = ()
+    """Of the plugin's tensors in the finished engine, where the inspector was asked and knows."""
     problem: str | None = None
 
     @property
@@ -44,11 +55,12 @@ class EngineCheck:
     def line(self) -> str:
         """Return it in words."""
         if self.problem:
-            return f"FAILED: {self.problem}"
+            return f"{self.precision} FAILED: {self.problem}"
         how = f"with {self.plugin}" if self.plugin else "without plugin"
         if self.max_abs is None:
-            return f"{self.version}: builds the filter, {how}; not run, for want of a GPU"
-        return f"{self.version}: ok, {how}, largest error {self.max_abs:.1e}"
+            return f"{self.version}: builds the filter in {self.precision}, {how}; not run, for want of a GPU"
+        formats = f" ({'; '.join(self.formats)})" if self.formats else ""
+        return f"{self.version}: {self.precision} ok, {how}{formats}, largest error {self.max_abs:.1e}"
 
 
 @dataclass(frozen=True)
@@ -60,31 +72,42 @@ class PluginCheck:
     problem: str | None = None
 
 
-def engine_checks(onnx_file: Path, features: Array, taps: Array, expected: Any) -> list[EngineCheck]:
-    """Return the check of every flavor that is installed, on a one-node model and its right answer."""
-    return [_check(name, onnx_file, features, taps, expected) for name in FLAVORS if installed(name)]
+def engine_checks(onnx_file: Path, features: Array, taps: Array, definition: Callable[..., Any]) -> list[EngineCheck]:
+    """Return the checks of every flavor that is installed, on a one-node model and the definition of its node.
+
+    In fp16 only where onnx is installed, to change the model's types.
+    """
+    precisions = TOLERANCES if is_installed("onnx") else ["fp32"]
+    flavors = [name for name in FLAVORS if installed(name)]
+    return [_check(name, kind, onnx_file, features, taps, definition) for name in flavors for kind in precisions]
 
 
-def _check(name: str, onnx_file: Path, features: Array, taps: Array, expected: Any) -> EngineCheck:
+def _check(
+    name: str, precision: str, onnx_file: Path, features: Array, taps: Array, definition: Callable[..., Any]
+) -> EngineCheck:
     import numpy as np
 
     try:
         flavor = load_flavor(name)
     except MisfError as error:
-        return EngineCheck(name, problem=one_line(error))
+        return EngineCheck(name, precision, problem=one_line(error))
+    check = functools.partial(EngineCheck, name, precision, flavor.version)
     try:
         cuda = _cuda()
         if cuda is None and flavor.has_plugins:
-            return EngineCheck(name, flavor.version, problem=f"{TITLES[name]} is installed and there is no usable GPU")
+            return check(problem=f"{TITLES[name]} is installed and there is no usable GPU")
         plugin = _plugin(flavor)
-        plan = _build(flavor, onnx_file, plugin is not None, features.shape, taps.shape)
+        plan = _build(flavor, _model(onnx_file, precision, plugin is not None), precision, features.shape, taps.shape)
         if cuda is None:
-            return EngineCheck(name, flavor.version, plugin, built=True)
-        largest = float(np.abs(_run(flavor, cuda, plan, features, taps) - expected).max())
-        wrong = None if largest <= TOLERANCE else f"wrong numbers: error {largest:.1e}, allowed {TOLERANCE:g}"
-        return EngineCheck(name, flavor.version, plugin, True, largest, wrong)
+            return check(plugin, built=True)
+        half = np.float16 if precision == "fp16" else np.float32
+        f, t = features.astype(half), taps.astype(half)
+        output, formats = _run(flavor, cuda, plan, f, t)
+        largest, allowed = float(np.abs(output - definition(f, t)).max()), TOLERANCES[precision]
+        wrong = None if largest <= allowed else f"wrong numbers: error {largest:.1e}, allowed {allowed:g}"
+        return check(plugin, True, largest, formats, wrong)
     except Exception as problem:  # whatever it does on this machine is what the user wants to know
-        return EngineCheck(name, flavor.version, problem=f"{type(problem).__name__}: {one_line(problem)}")
+        return check(problem=f"{type(problem).__name__}: {one_line(problem)}")
 
 
 def _cuda() -> Any:
@@ -107,19 +130,37 @@ def _plugin(flavor: Flavor) -> str | None:
         return None  # told in its own section
 
 
-def _build(flavor: Flavor, onnx_file: Path, with_plugin: bool, *shapes: tuple[int, ...]) -> bytes:
-    trt, logger = flavor.module, make_logger(flavor)
+def _model(onnx_file: Path, precision: str, with_plugin: bool) -> bytes:
+    """Return the model, for a plugin without the function body: before TensorRT 10.7 that would be taken instead."""
+    if precision == "fp32" and not with_plugin:
+        return onnx_file.read_bytes()
+    import onnx
+
+    model = onnx.load(onnx_file)
+    if with_plugin:
+        del model.functions[:]
+    if precision == "fp16":
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return bytes(model.SerializeToString())
+
+
+def _build(flavor: Flavor, model: bytes, precision: str, *shapes: tuple[int, ...]) -> bytes:
+    trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(_without_body(onnx_file) if with_plugin else onnx_file.read_bytes()):
+    if not parser.parse(model):
         raise MisfError(f"does not parse the filter: {parser.get_error(0).desc() if parser.num_errors else '?'}")
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
     for index, shape in enumerate(shapes):
-        profile.set_shape(network.get_input(index).name, shape, shape, shape)
+        low, high = ((n, shape[1], height, width) for n, height, width in DYNAMIC)
+        best = (low, shape, high) if precision == "fp16" else (shape, shape, shape)
+        profile.set_shape(network.get_input(index).name, *best)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -127,25 +168,24 @@ def _build(flavor: Flavor, onnx_file: Path, with_plugin: bool, *shapes: tuple[in
     return bytes(plan)
 
 
-def _without_body(onnx_file: Path) -> bytes:
-    """Return the model without the function body, which before TensorRT 10.7 would be taken instead of the plugin."""
-    import onnx
+def _run(flavor: Flavor, cuda: Any, plan: bytes, features: Any, taps: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return the output of a built filter for arrays on the CPU, and the formats of its tensors where it has a plugin.
 
-    model = onnx.load(onnx_file)
-    del model.functions[:]
-    return bytes(model.SerializeToString())
-
-
-def _run(flavor: Flavor, cuda: Any, plan: bytes, features: Array, taps: Array) -> Any:
-    """Return the output of a built filter for arrays on the CPU."""
+    Raises MisfError: it does not load, does not run, or is not of their type.
+    """
     import numpy as np
 
-    trt, logger = flavor.module, make_logger(flavor)
+    trt, logger = flavor.module, logger_of(flavor)
     cuda.set_device(0)
     runtime = trt.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise MisfError(f"does not load what it built: {reason(logger)}")
+    formats: tuple[str, ...] = ()
+    if flavor.has_plugins:
+        information = inspect(trt, engine, {"features": features.shape, "taps": taps.shape})
+        inspected_proof("fp16" if features.dtype == np.float16 else "fp32", information, "the filter's engine")
+        formats = tuple(text for texts in inspected_layers(information)["filters"].values() for text in texts)
     context, stream = engine.create_execution_context(), cuda.stream()
     arrays = {"features": features, "taps": taps, "output": np.empty_like(features)}
     addresses = {name: cuda.malloc(array.nbytes) for name, array in arrays.items()}
@@ -163,7 +203,7 @@ def _run(flavor: Flavor, cuda: Any, plan: bytes, features: Array, taps: Array) -
         for address in addresses.values():
             cuda.free(address)
         cuda.destroy_stream(stream)
-    return arrays["output"]
+    return arrays["output"], formats
 
 
 def plugin_checks(load: Callable[[str], Any] = ctypes.CDLL) -> list[PluginCheck]:

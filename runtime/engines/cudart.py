@@ -6,7 +6,9 @@ cudaGraphInstantiateWithFlags instead of cudaGraphInstantiate, attributes instea
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
@@ -17,6 +19,8 @@ from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 
 CUDA_MAJORS = (13, 12)
 OUT_OF_MEMORY = 2
+DRIVER_TOO_OLD = 35
+GPU_MEMORY = (2, 3)  # enum cudaMemoryType: device and managed
 STREAM_NON_BLOCKING = 1
 EVENT_DISABLE_TIMING = 2
 CAPTURE_THREAD_LOCAL = 1
@@ -28,7 +32,9 @@ _HANDLE = POINTER(c_void_p)
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudaRuntimeGetVersion": (POINTER(c_int),),
     "cudaGetDeviceCount": (POINTER(c_int),),
+    "cudaGetDevice": (POINTER(c_int),),
     "cudaSetDevice": (c_int,),
+    "cudaPointerGetAttributes": (c_void_p, c_void_p),
     "cudaDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cudaDeviceSynchronize": (),
     "cudaGetLastError": (),
@@ -103,6 +109,28 @@ class CudaRuntime:
     def set_device(self, index: int) -> None:
         """Make a GPU the calling thread's."""
         self._call("cudaSetDevice", index)
+
+    @contextlib.contextmanager
+    def on(self, index: int) -> Iterator[None]:
+        """Make a GPU the calling thread's for a block.
+
+        Afterwards it is the one that it was, unless that one was not in use: it would get a context, which takes some
+        hundred MB of its memory.
+        """
+        before = c_int()
+        self._call("cudaGetDevice", byref(before))
+        self.set_device(index)
+        try:
+            yield
+        finally:
+            if before.value != index and in_use(before.value):
+                self.set_device(before.value)
+
+    def device_of(self, address: int) -> int | None:
+        """Return the number of the GPU that an address belongs to; None: it is no memory of a GPU."""
+        attributes = (c_int * 32)()  # struct cudaPointerAttributes: type, device, more; 88 bytes in CUDA 13
+        self._call("cudaPointerGetAttributes", attributes, address)
+        return attributes[1] if attributes[0] in GPU_MEMORY else None
 
     def attribute(self, name: str, device: int) -> int:
         """Return one of ATTRIBUTES of a GPU."""
@@ -192,14 +220,26 @@ class CudaRuntime:
 
 
 def find_cudart() -> Any:
-    """Return libcudart loaded: one that the process has already, the system's, or one of a pip package."""
+    """Return libcudart loaded: one that the process has already, the system's, or one of a pip package.
+
+    The first one for which the driver is new enough; where there is none such, the first.
+    """
+    found: list[Any] = []
     problems = []
-    for name in _candidates():
+    loaded = getattr(os, "RTLD_NOLOAD", ctypes.DEFAULT_MODE)  # absent on Windows
+    tries = [(f"libcudart.so.{major}", loaded) for major in CUDA_MAJORS]
+    for name, mode in [*tries, *((name, ctypes.DEFAULT_MODE) for name in _candidates())]:
         try:
-            return ctypes.CDLL(name)
+            library = ctypes.CDLL(name, mode=mode)
         except OSError as error:
             if Path(name).is_absolute():
                 problems.append(str(error))
+            continue
+        if library.cudaGetDeviceCount(byref(c_int())) != DRIVER_TOO_OLD:
+            return library
+        found.append(library)
+    if found:
+        return found[0]
     raise EnvironmentMismatch(
         "the CUDA runtime library libcudart was not found"
         + (f" ({'; '.join(problems)})" if problems else "")
@@ -227,11 +267,25 @@ def gpu_name(device: int) -> str:
 
     The CUDA runtime has it only in a structure that differs between CUDA 12 and 13.
     """
+    driver = _driver()
+    name, handle = ctypes.create_string_buffer(256), c_int()
+    if driver is None or driver.cuDeviceGet(byref(handle), device) or driver.cuDeviceGetName(name, 256, handle):
+        return "unknown GPU"
+    return name.value.decode(errors="replace")
+
+
+def in_use(device: int) -> bool:
+    """Return whether this process has a context on a GPU; yes where the driver cannot be asked."""
+    driver, handle, flags, active = _driver(), c_int(), c_uint(), c_int()
+    if driver is None or driver.cuDeviceGet(byref(handle), device):
+        return True
+    failed = driver.cuDevicePrimaryCtxGetState(handle, byref(flags), byref(active))
+    return bool(failed or active.value)
+
+
+def _driver() -> Any:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "unknown GPU"
-    name, handle = ctypes.create_string_buffer(256), c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(byref(handle), device) or driver.cuDeviceGetName(name, 256, handle):
-        return "unknown GPU"
-    return name.value.decode(errors="replace")
+        return None
+    return None if driver.cuInit(0) else driver

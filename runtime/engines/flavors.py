@@ -6,6 +6,7 @@ TensorRT for RTX has no plugins: it takes the dynamic filter from the function b
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -25,6 +26,8 @@ FLAVORS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 OLDEST, BEYOND = (10, 3), (12, 0)
 """Versions of TensorRT that the plugin and the builder are written for."""
+
+KEPT_ERRORS = 20
 
 # Said for every node of our function body that the parser imports a second time; means nothing.
 _NOISE = re.compile(r"A node named .* already exists")
@@ -85,34 +88,42 @@ def load_flavor(name: str = "auto") -> Flavor:
     return flavor
 
 
-def make_logger(flavor: Flavor) -> Any:
-    """Return a TensorRT logger that writes to our log and keeps its errors in the list `errors`."""
-    trt: Any = flavor.module
+def logger_of(flavor: Flavor) -> Any:
+    """Return a TensorRT logger that writes to our log and keeps its last errors in the list `errors`.
+
+    One for each flavor: TensorRT keeps the first one that it is given, and tells it everything.
+    """
+    return _logger(flavor.module.ILogger, flavor.name)
+
+
+@functools.cache
+def _logger(base: Any, name: str) -> Any:
     levels = {
-        trt.ILogger.Severity.INTERNAL_ERROR: logging.DEBUG,  # told by who asked, as one line: see `reason`
-        trt.ILogger.Severity.ERROR: logging.DEBUG,
-        trt.ILogger.Severity.WARNING: logging.INFO,
+        base.Severity.INTERNAL_ERROR: logging.DEBUG,  # told by who asked, as one line: see `reason`
+        base.Severity.ERROR: logging.DEBUG,
+        base.Severity.WARNING: logging.INFO,
     }
 
-    class Logger(trt.ILogger):  # type: ignore[misc] # the base comes at run time
+    class Logger(base):  # type: ignore[misc] # the base comes at run time
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message)
+            if severity in (base.Severity.INTERNAL_ERROR, base.Severity.ERROR):
+                self.errors[:] = [*self.errors[-KEPT_ERRORS:], message]
             noise = bool(_NOISE.search(message))
-            log.log(logging.DEBUG if noise else levels.get(severity, logging.DEBUG), "%s: %s", flavor.name, message)
+            log.log(logging.DEBUG if noise else levels.get(severity, logging.DEBUG), "%s: %s", name, message)
 
     return Logger()
 
 
 def reason(logger: Any) -> str:
-    """Return what TensorRT said last about a failure, as one line without its place in NVIDIA's sources."""
+    """Return what TensorRT said last about a failure, as one line without its place in NVIDIA's sources; forget it."""
     if not logger.errors:
         return "it gave no reason"
     text = " ".join(str(logger.errors[-1]).split())
+    logger.errors.clear()
     text = re.sub(r"^(.*: )?Error Code \d+: [\w ]+ \((.*)\)$", r"\2", text)
     text = re.sub(r"^(In|Error in) \S+ at \S+:\d+:?\s*", "", text)
     return text[:400]

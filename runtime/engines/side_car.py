@@ -61,7 +61,7 @@ class EngineInfo:
     precision_asked: str
     precision_obtained: str
     precision_proof: str
-    """network: types of the parsed, strongly typed network; engine: the inspector's too."""
+    """network: types of the parsed, strongly typed network; engine: the inspector saw it in the finished engine too."""
     convolutions: dict[str, int]
     """How many convolutions run in each type."""
     limits: Limits
@@ -73,6 +73,8 @@ class EngineInfo:
     plugin: str | None = None
     """File name of the plugin library, None for an engine without."""
     plugin_sha256: str | None = None
+    layers: dict[str, Any] = field(default_factory=dict)
+    """Layers of each type, reformats, formats at the filters: inspector.inspected_layers."""
     settings: dict[str, Any] = field(default_factory=dict)
     misf: str = ""
 

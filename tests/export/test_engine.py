@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,14 +25,18 @@ from onnx import TensorProto, helper, numpy_helper
 from misf.export import export_cli as export_cli
 from misf.export.engine import builder as engine_module
 from misf.export.engine.build_cli import main as build_command
-from misf.export.engine.builder import EngineOptions, build_engine, inspected_types, other_tools, prove_precision
+from misf.export.engine.builder import EngineOptions, build_engine, other_tools, prove_precision
 from misf.export.engine.monitor import cancellable, make_monitor
 from misf.plugins.dynamic_filter.onnx_op import filter_nodes, for_tensorrt
 from misf.plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
 from misf.plugins.shared.files import sha256
 from misf.runtime.engines import flavors as tensorrt_api
+from misf.runtime.engines.cudart import CudaRuntime
 from misf.runtime.engines.flavors import Flavor
+from misf.runtime.engines.inspector import inspected_layers, inspected_proof, inspected_types
 from misf.runtime.engines.side_car import MAGICS, Limits, read_info, side_car, write_engine
+
+from ..support.fake_gpu import FakeCudart
 
 trt = pytest.importorskip("tensorrt_rtx")
 SMALL = ("--min-shape", "32x40", "--opt-shape", "64x64", "--max-shape", "96x128")
@@ -41,29 +46,22 @@ def build(*arguments: str | Path) -> Any:
     return CliRunner().invoke(build_command, [str(argument) for argument in arguments])
 
 
+def export(checkpoint: Path, *arguments: str | Path) -> Any:
+    return CliRunner().invoke(export_cli.main, ["--checkpoint", *map(str, (checkpoint, *arguments))])
+
+
 @pytest.fixture(scope="module")
 def fp16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The whole way by command: checkpoint -> fp16 ONNX -> engine. The ONNX, which the command drops, is kept aside."""
+    """The whole way by command: checkpoint -> fp16 ONNX -> engine."""
     folder = tmp_path_factory.mktemp("fp16")
-    kept = folder / "kept.onnx"
-    original = engine_module.build_engine
-
-    def spy(source: Path, *arguments: Any) -> Any:
-        shutil.copy(source, kept)
-        return original(source, *arguments)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(engine_module, "build_engine", spy)
-    arguments = ["--checkpoint", tiny_checkpoint, "--fp16", "-o", folder / "best.plan", *SMALL, "--max-batch", "4"]
-    result = CliRunner().invoke(export_cli.main, [str(argument) for argument in arguments])
-    patch.undo()
-    return SimpleNamespace(result=result, folder=folder, plan=folder / "best.plan", onnx=kept)
+    result = export(tiny_checkpoint, "--fp16", "-o", folder / "best.plan", *SMALL, "--max-batch", "4")
+    return SimpleNamespace(result=result, folder=folder, plan=folder / "best.plan", onnx=folder / "best.onnx")
 
 
 def test_from_checkpoint_to_fp16_engine(fp16: Any, tiny_checkpoint: Path) -> None:
     assert fp16.result.exit_code == 0, fp16.result.stderr
     assert fp16.result.stdout == f"{fp16.plan}\n"
-    assert sorted(path.name for path in fp16.folder.iterdir()) == ["best.plan", "best.plan.json", "kept.onnx"]
+    assert sorted(path.name for path in fp16.folder.iterdir()) == ["best.onnx", "best.plan", "best.plan.json"]
     assert fp16.plan.read_bytes()[:4] in MAGICS
     info = read_info(fp16.plan)
     assert (info.flavor, info.version, info.gpu) == ("tensorrt-rtx", trt.__version__, None)
@@ -73,6 +71,26 @@ def test_from_checkpoint_to_fp16_engine(fp16: Any, tiny_checkpoint: Path) -> Non
     assert (info.plugin, info.onnx, info.onnx_sha256) == (None, "best.onnx", sha256(fp16.onnx))
     assert info.checkpoint_sha256 == sha256(tiny_checkpoint)
     assert (info.plan_bytes, info.plan_sha256) == (fp16.plan.stat().st_size, sha256(fp16.plan))
+
+
+def test_the_onnx_file_of_an_engine_stays(
+    fp16: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model of its name is not replaced unasked; the same one, exported anew, is no reason to stop."""
+    kept, plan = tmp_path / "best.onnx", tmp_path / "best.plan"
+    arguments = ["--fp16", "-o", plan, *SMALL]
+    shutil.copy(fp16.onnx, kept)
+    assert export(tiny_checkpoint, *arguments).exit_code == 0
+    assert sha256(kept) == sha256(fp16.onnx)
+    monkeypatch.setattr(export_cli, "_export", lambda *how: shutil.copy(fp16.onnx, how[2]))
+    plan.write_bytes(b"old")
+    kept.write_bytes(b"precious")
+    result = export(tiny_checkpoint, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{kept}, which the engine is built of, exists and is another model: give --force" in result.stderr
+    assert (kept.read_bytes(), plan.read_bytes()) == (b"precious", b"old")
+    assert export(tiny_checkpoint, *arguments, "--force").exit_code == 0
+    assert sha256(kept) == read_info(plan).onnx_sha256 == sha256(fp16.onnx)
 
 
 def test_fp32_engine(tiny_plan: Path, fp16: Any) -> None:
@@ -254,6 +272,72 @@ def test_tensorrt_needs_a_gpu_and_a_plugin(tiny_onnx: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def tensorrt_on_the_second_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """TensorRT's side of misf-build: RTX's builder, parser and config under its name, and a fake loader and inspector.
+
+    What it makes must be made, and run, on cuda:1.
+    """
+    library = FakeCudart(gpus=2)
+
+    class Builder:
+        def __init__(self, logger: Any):
+            assert library.current == 1
+            self._real = trt.Builder(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            assert library.current == 1
+            return getattr(self._real, name)
+
+    context = SimpleNamespace(set_input_shape=lambda name, shape: shape == (1, {"image": 3, "mask": 1}[name], 64, 64))
+
+    class Inspector:
+        execution_context = None
+
+        def get_engine_information(self, _layout: Any) -> str:
+            assert self.execution_context is context
+            return json.dumps(DYNAMIC)
+
+    def load(_plan: bytes) -> Any:
+        assert library.current == 1
+        return SimpleNamespace(
+            create_execution_context=lambda strategy: context if strategy.name == "USER_MANAGED" else None,
+            create_engine_inspector=Inspector,
+        )
+
+    runtime = SimpleNamespace(Builder=Builder, Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=load))
+    module = SimpleNamespace(**{**vars(trt), **vars(runtime)})
+    monkeypatch.setattr(engine_module, "load_flavor", lambda _name: Flavor("tensorrt", module, "10.13.3"))
+    monkeypatch.setattr(engine_module, "CudaRuntime", lambda: CudaRuntime(library))
+    monkeypatch.setattr(engine_module, "_timing_cache", lambda *_: contextlib.nullcontext())  # RTX's config takes none
+    return library
+
+
+def test_tensorrt_build_on_another_gpu(tensorrt_on_the_second_gpu: Any, fp16: Any, tmp_path: Path) -> None:
+    """-v says what the inspector said, the side-car keeps it; its N/A for dynamic shapes fails nothing."""
+    assert tensorrt_on_the_second_gpu.current == 0
+    plan = tmp_path / "x.plan"
+    result = build(fp16.onnx, "-o", plan, *SMALL, "--no-plugin", "--device", "cuda:1", "-v")
+    assert result.exit_code == 0, result.stderr
+    assert "layers: 1 CaskConvolution, 1 Reformat, 1 PluginV3; 1 change a tensor's format only" in result.stderr
+    assert f"filter filter: {NO_ANSWER}; Channel major FP16 format where channel % 8 == 0" in result.stderr
+    info = read_info(plan)
+    assert info.layers == inspected_layers(json.dumps(DYNAMIC))
+    assert (info.compute_capability, info.precision_proof) == ("8.9", "engine")
+    assert "layers:" not in build(fp16.onnx, "-o", plan, *SMALL, "--no-plugin", "--device", "cuda:1").stderr
+
+
+def test_what_the_builder_is_asked_for() -> None:
+    """By RTX's own config; that it then builds is in all other tests."""
+    builder = trt.Builder(tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, trt.__version__)))
+    config = builder.create_builder_config()
+    assert config.get_flag(trt.BuilderFlag.TF32)
+    engine_module._configure(trt, builder, config, EngineOptions())
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.get_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10)
+
+
 def test_lines_for_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module.library, "find_library", lambda *_, **__: tmp_path / "twin.so")
     limits = Limits((1, 64, 64), (2, 256, 320), (4, 512, 512))
@@ -295,16 +379,70 @@ INSPECTED = {
     },
     "names only": {"Layers": ["stem", "norm"], "Bindings": []},
 }
+NO_ANSWER = "N/A due to dynamic shapes"
+DYNAMIC = {  # as in public logs of TensorRT 8 to 10 for engines with a dynamic profile, which ours all are
+    "Layers": [
+        {
+            "Name": "stem",
+            "LayerType": "CaskConvolution",
+            "Inputs": [
+                {"Name": "a", "Location": "Device", "Dimensions": [-1, 4, -1, -1], "Format/Datatype": NO_ANSWER}
+            ],
+            "Outputs": [
+                {"Name": "b", "Location": "Device", "Dimensions": [-1, 8, -1, -1], "Format/Datatype": NO_ANSWER}
+            ],
+        },
+        {
+            "Name": "Reformatting CopyNode for Input Tensor 0 to filter",
+            "LayerType": "Reformat",
+            "Inputs": [{"Name": "b", "Format/Datatype": NO_ANSWER}],
+            "Outputs": [{"Name": "c", "Format/Datatype": NO_ANSWER}],
+        },
+        {
+            "Name": "filter",
+            "LayerType": "PluginV3",
+            "Inputs": [{"Name": "c", "Format/Datatype": NO_ANSWER}],
+            "Outputs": [{"Name": "d", "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}],
+        },
+    ],
+    "Bindings": ["image", "mask", "output"],
+}
 
 
 def test_inspector() -> None:
     for name in ("TensorRT 10", "TensorRT 11"):
         text = json.dumps(INSPECTED[name])
         assert inspected_types(text) == {"fp16": 2, "fp32": 1}
-        engine_module.check_inspected("fp16", text, Path("x.plan"))
+        assert inspected_proof("fp16", text, "x.plan") == "engine"
         with pytest.raises(AccuracyError, match="fp16 was asked for and no layer"):
-            engine_module.check_inspected("fp16", re.sub("(?i)fp16|half", "fp32", text), Path("x.plan"))
-    assert inspected_types(json.dumps(INSPECTED["names only"])) == {}
+            inspected_proof("fp16", re.sub("(?i)fp16|half", "fp32", text), "x.plan")
+    text = json.dumps(INSPECTED["names only"])
+    assert (inspected_types(text), inspected_layers(text)) == ({}, {})
+    assert inspected_proof("fp16", text, "x.plan") == "network"
+
+
+def test_inspector_that_does_not_know() -> None:
+    """Unknown is not wrong: the types of the network are the proof then, unless weights or kernels tell."""
+    unknown = json.loads(json.dumps(DYNAMIC).replace("Channel major FP16 format where channel % 8 == 0", NO_ANSWER))
+    assert inspected_types(json.dumps(unknown)) == {"unknown": 6}
+    for asked in ("fp16", "fp32"):
+        assert inspected_proof(asked, json.dumps(unknown), "x.plan") == "network"
+    unknown["Layers"][0] |= {"Weights": {"Type": "Float", "Count": 12}, "Bias": {"Type": "Float", "Count": 3}}
+    assert inspected_proof("fp16", json.dumps(unknown), "x.plan") == "network"
+    for told in (
+        {"Weights": {"Type": "Half", "Count": 9408}},
+        {"TacticName": "sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckcrs_nhwc_tilesize128x64x64"},
+    ):
+        unknown["Layers"][0] |= told
+        assert inspected_proof("fp16", json.dumps(unknown), "x.plan") == "engine"
+
+
+def test_inspected_layers() -> None:
+    assert inspected_layers(json.dumps(DYNAMIC)) == {
+        "kinds": {"CaskConvolution": 1, "Reformat": 1, "PluginV3": 1},
+        "reformats": 1,
+        "filters": {"filter": [NO_ANSWER, "Channel major FP16 format where channel % 8 == 0"]},
+    }
 
 
 def test_progress_and_cancellation_inside_a_build(tiny_onnx: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -400,9 +538,11 @@ def test_timing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
         def get_timing_cache(self) -> Any:
             return self.cache
 
-    for _ in range(2):
-        with engine_module._timing_cache(flavor, Config(), EngineOptions(), machine):
-            pass
+    for cancelled in (False, True):
+        stopped = pytest.raises(KeyboardInterrupt) if cancelled else contextlib.nullcontext()
+        with stopped, engine_module._timing_cache(flavor, Config(), EngineOptions(), machine):
+            if cancelled:
+                raise KeyboardInterrupt
     (cache,) = tmp_path.iterdir()
     assert cache.name == "timing-tensorrt-10.3.0-sm87.cache"
     assert (given, cache.read_bytes()) == ([b"", b"measured "], b"measured measured ")
@@ -420,7 +560,7 @@ def test_timing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
 
 
 def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -> None:
-    logger = tensorrt_api.make_logger(Flavor("tensorrt-rtx", trt, trt.__version__))
+    logger = tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, trt.__version__))
     severity = trt.ILogger.Severity
     with caplog.at_level("INFO", logger="misf"):
         logger.log(severity.WARNING, "A node named node_of_x already exists, the output tensors ...")
@@ -428,3 +568,5 @@ def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -
         logger.log(severity.ERROR, "IBuilder::build: Error Code 4: API Usage Error (profile 0\nis missing)")
     assert [record.message for record in caplog.records] == ["tensorrt-rtx: something real"]
     assert tensorrt_api.reason(logger) == "profile 0 is missing"
+    assert tensorrt_api.reason(logger) == "it gave no reason"  # an old error does not explain the next failure
+    assert tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, "another object")) is logger

@@ -96,7 +96,8 @@ class Built:
 
     def _object(self, name: str) -> Path:
         target = self.folder / f"{name}.o"
-        run(CXX, *self.flags, "-fvisibility=hidden", "-c", library.SOURCES / f"{name}.cpp", "-o", target)
+        version = '-DMISF_VERSION_TEXT="0.0-test"'
+        run(CXX, *self.flags, version, "-fvisibility=hidden", "-c", library.SOURCES / f"{name}.cpp", "-o", target)
         return target
 
 

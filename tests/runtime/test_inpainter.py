@@ -7,6 +7,7 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,25 @@ def test_openvino_agrees_with_onnx_runtime_at_any_size(model: Path, monkeypatch:
     assert open_vino._precision("auto", ["FP32"]) == "fp32"
     with pytest.raises(EnvironmentMismatch, match="this processor does not compute in it"):
         open_vino._precision("bf16", ["FP32"])
+
+
+def test_torch_tensors_are_read_where_they_lie(model: Path, monkeypatch: Any) -> None:
+    """ONNX Runtime's bindings, really used, on the CPU's memory: tensors on a GPU go the same way."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: None))
+    backend: Any = open_backend(model, "onnxruntime", "cpu")
+    image, mask = torch.rand(2, 3, 40, 48), (torch.rand(2, 1, 40, 48) > 0.7).float()
+    expected = backend(image.numpy(), mask.numpy())
+    monkeypatch.setattr(torch.Tensor, "__cuda_array_interface__", {})
+    result = backend(image, mask)
+    assert isinstance(result, torch.Tensor)
+    np.testing.assert_array_equal(result.numpy(), expected)
+    for wrong in (mask.double(), mask.transpose(2, 3), mask.numpy()):
+        with pytest.raises(ValueError, match="mask must be a contiguous float32 torch tensor on cpu, got "):
+            backend(image, wrong)
+    backend.device = "cuda:1"
+    with pytest.raises(ValueError, match=r"torch tensor on cuda:1, got torch.float32 on cpu"):
+        backend(image, mask)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +36,17 @@ from misf.runtime.engines.flavors import Flavor
 from misf.runtime.engines.side_car import side_car
 from misf.runtime.run_cli import main as run_command
 
-from ..support.fake_gpu import FakeContext, FakeCudart, FakeEngine, array_at, fake_tensorrt
+from ..support.fake_gpu import (
+    STREAM,
+    FakeContext,
+    FakeCudart,
+    FakeEngine,
+    FakeRuntimeCache,
+    FakeRuntimeConfig,
+    RtxEngine,
+    array_at,
+    fake_tensorrt,
+)
 
 SHAPES = [(1, 64, 64), (2, 33, 47), (1, 96, 128), (1, 32, 40), (1, 50, 60)]
 
@@ -47,11 +61,19 @@ def picture_and_mask(n: int, height: int, width: int, seed: int = 0) -> tuple[An
 def gpu(tiny_onnx: Path, tiny_plan: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
     """A fake GPU behind `open_backend`, with a TensorRT that runs tiny_plan."""
     library = FakeCudart()
-    version = json.loads(side_car(tiny_plan).read_text())["version"]
-    flavor = Flavor("tensorrt-rtx", fake_tensorrt(library, tiny_onnx, tiny_plan.read_bytes()), version)
-    monkeypatch.setattr(backend_module, "load_flavor", lambda _name: flavor)
-    monkeypatch.setattr(backend_module, "CudaRuntime", lambda: cudart.CudaRuntime(library))
+    put_behind_open_backend("tensorrt", FakeEngine, library, tiny_onnx, tiny_plan, monkeypatch)
     return library
+
+
+def put_behind_open_backend(
+    name: str, engine: type[FakeEngine], library: FakeCudart, tiny_onnx: Path, plan: Path, monkeypatch: Any
+) -> Any:
+    """Return the module of the fake TensorRT of that name."""
+    version = json.loads(side_car(plan).read_text())["version"]
+    module = fake_tensorrt(library, tiny_onnx, plan.read_bytes(), engine)
+    monkeypatch.setattr(backend_module, "load_flavor", lambda _name: Flavor(name, module, version))
+    monkeypatch.setattr(backend_module, "CudaRuntime", lambda: cudart.CudaRuntime(library))
+    return module
 
 
 @pytest.fixture
@@ -62,15 +84,98 @@ def reference(tiny_onnx: Path) -> Any:
 def test_same_pictures_as_onnx_runtime(gpu: FakeCudart, tiny_plan: Path, reference: Any) -> None:
     """Three rounds: the second captures a graph, the third replays it; the data changes each time."""
     engine = open_backend(tiny_plan)
-    assert (engine.name, engine.device, engine.precision) == ("tensorrt-rtx", "cuda:0", "fp32")
+    assert (engine.name, engine.device, engine.precision) == ("tensorrt", "cuda:0", "fp32")
     for seed in range(3):
         for shape in SHAPES[:CACHED_SHAPES]:
             image, mask = picture_and_mask(*shape, seed)
             np.testing.assert_array_equal(engine(image, mask), reference(image, mask))
     assert gpu.count("cudaStreamBeginCapture") == CACHED_SHAPES
     assert gpu.count("cudaGraphLaunch") == 2 * CACHED_SHAPES
-    # Only the first round copies one by one: two inputs and the output; the capture records as many again.
-    assert gpu.count("cudaMemcpyAsync") == 2 * 3 * CACHED_SHAPES
+
+
+def test_one_memory_for_all_shapes(gpu: FakeCudart, tiny_plan: Path, reference: Any) -> None:
+    """It is as large as the largest asked for; when it grows, graphs that hold the old addresses are captured anew."""
+    engine: Any = open_backend(tiny_plan)
+    small, large = (1, 32, 40), (2, 96, 128)
+    for shape in (small, small, small, large, small, small, large, large):
+        image, mask = picture_and_mask(*shape)
+        np.testing.assert_array_equal(engine(image, mask), reference(image, mask))
+    scratch = 4 * 2 * 3 * 96 * 128
+    buffers = sum(4 * 7 * n * height * width for n, height, width in (small, large))
+    assert gpu.device_bytes == scratch + buffers
+    assert gpu.count("cudaStreamBeginCapture") == 3  # small twice
+    assert len(gpu.graphs) == 2
+    engine.close()
+    assert not gpu.live
+
+
+def test_a_size_of_memory_that_is_not_told(
+    tiny_onnx: Path, tiny_plan: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 is an error or no need: what the largest shape needs is taken; and where that is 0, nothing is registered."""
+    library = FakeCudart()
+    module = put_behind_open_backend("tensorrt", FakeEngine, library, tiny_onnx, tiny_plan, monkeypatch)
+    monkeypatch.setattr(FakeEngine, "does_not_tell", True)
+    image, mask = picture_and_mask(1, 64, 64)
+    for size in (FakeEngine.device_memory_size_v2, 0):
+        monkeypatch.setattr(FakeEngine, "device_memory_size_v2", size)
+        np.testing.assert_array_equal(open_backend(tiny_plan)(image, mask), reference(image, mask))
+        assert [found for _, found in module.engines[-1].registered] == [size] * bool(size)
+
+
+def test_memory_that_tensorrt_does_not_take(gpu: FakeCudart, tiny_plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so to its logger only."""
+    monkeypatch.setattr(FakeContext, "update_device_memory_size_for_shapes", lambda _: 8)
+    with pytest.raises(MisfError, match="does not take 8 bytes to work in: the memory is too small"):
+        open_backend(tiny_plan)(*picture_and_mask(1, 64, 64))
+    assert not gpu.live
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_tensorrt_for_rtx_captures_by_itself(
+    tiny_onnx: Path, tiny_plan: Path, reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda_graph: bool
+) -> None:
+    """Its fake forbids a capture from outside; what it compiled in one process it finds again in the next."""
+    monkeypatch.setenv("MISF_HOME", str(tmp_path))
+    library = FakeCudart()
+    module = put_behind_open_backend("tensorrt-rtx", RtxEngine, library, tiny_onnx, tiny_plan, monkeypatch)
+    for process, compiled in enumerate((2, 0, 2)):
+        if process == 2:
+            (file,) = tmp_path.iterdir()
+            file.write_bytes(b"of another driver")
+        engine = TensorRtBackend(tiny_plan, cuda_graph=cuda_graph)
+        for shape in (SHAPES[0], SHAPES[1], SHAPES[0], SHAPES[0]):
+            image, mask = picture_and_mask(*shape)
+            np.testing.assert_array_equal(engine(image, mask), reference(image, mask))
+        assert module.engines[process].compiled == compiled
+        assert module.engines[process].graphs == ("WHOLE_GRAPH_CAPTURE" if cuda_graph else "DISABLED")
+        del engine
+    assert library.count("cudaStreamBeginCapture") == 0
+    assert file.name == f"kernels-tensorrt-rtx-{pytest.importorskip('tensorrt_rtx').__version__}-unknown-GPU.cache"
+    assert file.read_bytes().startswith(b"cache:")
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_another_gpu_than_the_first(
+    gpu: FakeCudart, tiny_plan: Path, reference: Any, monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    """All memory is on it, and the caller's GPU stays the caller's, unless that would put a context on an idle one."""
+    monkeypatch.setattr(cudart, "in_use", lambda device: used and device == 0)
+    gpu.gpus = 2
+    engine = open_backend(tiny_plan, device="cuda:1")
+    assert gpu.current == (0 if used else 1)
+    image, mask = picture_and_mask(1, 64, 64)
+    for _ in range(3):
+        np.testing.assert_array_equal(engine(image, mask), reference(image, mask))
+        assert gpu.current == (0 if used else 1)
+    assert {gpu.device_of[address] for address in gpu.live} == {1}
+    gpu.current = 0
+    ours, theirs = OnGpu(gpu, image), OnGpu(gpu, mask)
+    with pytest.raises(ValueError, match="image must lie on cuda:1, where the engine is, and is on cuda:0"):
+        engine(ours, theirs)  # type: ignore[arg-type]
+    ours.__cuda_array_interface__["data"] = (8, False)
+    with pytest.raises(ValueError, match="is in no GPU's memory"):
+        engine(ours, theirs)  # type: ignore[arg-type]
 
 
 def test_results_do_not_share_memory(gpu: FakeCudart, tiny_plan: Path) -> None:  # noqa: ARG001
@@ -90,11 +195,11 @@ def test_other_types_and_layouts(gpu: FakeCudart, tiny_plan: Path, reference: An
 
 def test_least_recently_used_shapes_are_dropped_and_nothing_leaks(gpu: FakeCudart, tiny_plan: Path) -> None:
     engine = open_backend(tiny_plan)
-    for height in range(32, 32 + 2 * CACHED_SHAPES):
+    for height in reversed(range(32, 32 + 2 * CACHED_SHAPES)):
         engine(*picture_and_mask(1, height, 40))
         engine(*picture_and_mask(1, height, 40))
     assert len(gpu.graphs) == CACHED_SHAPES
-    engine(*picture_and_mask(1, 32 + CACHED_SHAPES, 40))  # still there
+    engine(*picture_and_mask(1, 32 + CACHED_SHAPES - 1, 40))  # still there
     assert gpu.count("cudaGraphExecDestroy") == CACHED_SHAPES
     assert gpu.live
     engine.close()
@@ -146,20 +251,53 @@ class OnGpu:
         self.__cuda_array_interface__ = interface | ({} if stream is None else {"stream": stream})
 
 
-def test_arrays_on_the_gpu_are_used_where_they_lie(gpu: FakeCudart, tiny_plan: Path, reference: Any) -> None:
+def test_arrays_on_the_gpu_stay_there(gpu: FakeCudart, tiny_plan: Path, reference: Any) -> None:
+    """They run by the same graph as arrays on the CPU, without any memory there."""
+    engine = open_backend(tiny_plan)
+    for seed in range(3):
+        image, mask = picture_and_mask(2, 64, 64, seed)
+        result: Any = engine(OnGpu(gpu, image, stream=9), OnGpu(gpu, mask, stream=9))
+        interface = result.__cuda_array_interface__
+        assert interface["shape"] == image.shape
+        np.testing.assert_array_equal(array_at(interface["data"][0], image.shape), reference(image, mask))
+    assert (gpu.count("cudaStreamBeginCapture"), gpu.count("cudaGraphLaunch")) == (1, 2)
+    assert gpu.count("cudaHostAlloc") == 0
+    assert set(gpu.waits) == {(STREAM, 9)}
+    image, mask = picture_and_mask(2, 64, 64, seed=5)
+    np.testing.assert_array_equal(engine(image, mask), reference(image, mask))
+    assert gpu.count("cudaStreamBeginCapture") == 1
+
+
+def test_torch_tensors_wait_on_the_gpu(
+    gpu: FakeCudart, tiny_plan: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither side waits on the CPU: our stream waits for torch's, then torch's for ours."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=9))
+
+    class Tensor(OnGpu):
+        __module__ = "torch"
+        device = None
+
+        def new_empty(self, shape: tuple[int, ...]) -> Any:
+            return Tensor(gpu, np.zeros(shape, np.float32))
+
     engine = open_backend(tiny_plan)
     image, mask = picture_and_mask(2, 64, 64)
-    engine(image, mask)
-    engine(image, mask)  # a graph with addresses of its own
-    before = gpu.count("cudaMemcpyAsync"), gpu.count("cudaGraphLaunch")
-    result: Any = engine(OnGpu(gpu, image, stream=9), OnGpu(gpu, mask, stream=9))
-    assert (gpu.count("cudaMemcpyAsync"), gpu.count("cudaGraphLaunch")) == before
-    assert 9 in gpu.waits
-    interface = result.__cuda_array_interface__
-    assert interface["shape"] == image.shape
-    np.testing.assert_array_equal(array_at(interface["data"][0], image.shape), reference(image, mask))
-    image, mask = picture_and_mask(2, 64, 64, seed=5)
-    np.testing.assert_array_equal(engine(image, mask), reference(image, mask))  # the graph is as it was
+    engine(Tensor(gpu, image), Tensor(gpu, mask))  # type: ignore[arg-type]
+    gpu.waits.clear()
+    before = gpu.count("cudaStreamSynchronize"), gpu.count("cudaDeviceSynchronize")
+    result: Any = engine(Tensor(gpu, image), Tensor(gpu, mask))  # type: ignore[arg-type]
+    assert (gpu.count("cudaStreamSynchronize"), gpu.count("cudaDeviceSynchronize")) == before
+    assert gpu.waits == [(STREAM, 9)] * 3 + [(9, STREAM)]
+    assert isinstance(result, Tensor)
+    values = array_at(result.__cuda_array_interface__["data"][0], image.shape)
+    np.testing.assert_array_equal(values, reference(image, mask))
+    engine = TensorRtBackend(tiny_plan, zero_copy=True)
+    engine(Tensor(gpu, image), Tensor(gpu, mask))  # type: ignore[arg-type]
+    before = gpu.count("cudaStreamSynchronize"), gpu.count("cudaDeviceSynchronize")
+    engine(image, mask)  # writes where that one may still read, so waits for it, and for itself
+    assert gpu.count("cudaStreamSynchronize") == before[0] + 2
 
 
 def test_arrays_on_the_gpu_of_the_wrong_kind(gpu: FakeCudart, tiny_plan: Path) -> None:
@@ -226,7 +364,7 @@ def test_verify_an_engine(gpu: FakeCudart, tiny_plan: Path, tiny_checkpoint: Pat
     result = CliRunner().invoke(verify_command, [str(tiny_plan), "--checkpoint", str(tiny_checkpoint), "--json"])
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert (report["backend"], report["passed"]) == ("tensorrt-rtx", True)
+    assert (report["backend"], report["passed"]) == ("tensorrt", True)
     # Smallest, best, and the default sizes as near as the engine goes.
     assert [case["size"] for case in report["cases"]] == ["1x32x40", "2x64x64", "1x96x128", "2x96x128", "1x96x93"]
 
@@ -364,39 +502,52 @@ def test_an_engine_with_plugin_needs_its_library(
 
 
 class OpContext(FakeContext):
-    """The one-node model: features and taps in, output out."""
+    """The one-node model: features and taps in, output out, all of the type that fits their memory."""
 
     wrong_by = 0.0
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        places = {name: (self._addresses[name], shape) for name, shape in self._shapes.items()}
+        shapes = {**self._shapes, "output": self._shapes["features"]}
 
         def work() -> None:
-            features, taps = (array_at(*places[name]) for name in ("features", "taps"))
-            result = doctor.expected_output(features, taps) + self.wrong_by
-            array_at(self._addresses["output"], features.shape)[...] = result
+            features, taps, output = (self._array(name, shapes[name]) for name in ("features", "taps", "output"))
+            output[...] = doctor.expected_output(features, taps) + self.wrong_by
 
         self._cudart.enqueue(work, stream_handle)
         return True
 
+    def _array(self, name: str, shape: tuple[int, ...]) -> Any:
+        _, buffer = self._cudart.live[self._addresses[name]]
+        half = len(buffer) == 2 * int(np.prod(shape))
+        return np.frombuffer(buffer, np.float16 if half else np.float32).reshape(shape)
 
-@pytest.mark.parametrize("wrong_by", [0.0, 0.01])
-def test_doctor_runs_the_filter_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch, wrong_by: float) -> None:
-    """Really built by TensorRT for RTX, run on the fake GPU; wrong numbers are a failure."""
+
+@pytest.mark.parametrize("wrong_by", [0.0, 0.02])
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt-rtx"])
+def test_doctor_runs_the_filter_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch, wrong_by: float, flavor: str) -> None:
+    """Really built by TensorRT for RTX, run on the fake GPU; wrong numbers are a failure, in fp32 and fp16."""
     trt = pytest.importorskip("tensorrt_rtx")
     library = FakeCudart()
     monkeypatch.setattr(library, "holds", lambda _address, _size: True)  # memory that is not pinned will do here
-    context = OpContext(library, None)
+    context = OpContext(FakeEngine(library, None))
     context.wrong_by = wrong_by
-    engine = SimpleNamespace(create_execution_context=lambda: context)
+    said = {"Name": "filter", "LayerType": "PluginV3", "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}]}
+    inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": [said]}))
+    engine = SimpleNamespace(create_execution_context=lambda *_: context, create_engine_inspector=lambda: inspector)
     monkeypatch.setattr(trt, "Runtime", lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _plan: engine))
     monkeypatch.setattr(engine_checks, "_cuda", lambda: cudart.CudaRuntime(library))
-    features, taps = doctor.op_inputs()
-    checks = engine_checks.engine_checks(doctor.OP_CHECK, features, taps, doctor.expected_output(features, taps))
-    (check,) = (check for check in checks if check.flavor == "tensorrt-rtx")
-    assert check.built
-    assert check.ok == (wrong_by == 0)
-    assert ("ok, without plugin" if check.ok else "FAILED: wrong numbers: error 1.0e-02") in check.line()
+    monkeypatch.setattr(engine_checks, "FLAVORS", [flavor])
+    monkeypatch.setattr(engine_checks, "installed", lambda _: True)
+    monkeypatch.setattr(engine_checks, "load_flavor", lambda _: Flavor(flavor, trt, "10.13"))
+    monkeypatch.setattr(engine_checks, "_plugin", lambda _: None)
+    checks = engine_checks.engine_checks(doctor.OP_CHECK, *doctor.op_inputs(), doctor.expected_output)
+    assert [check.precision for check in checks] == ["fp32", "fp16"]
+    for check in checks:
+        assert check.built
+        assert check.ok == (wrong_by == 0)
+        formats = " (N/A due to dynamic shapes)" if flavor == "tensorrt" else ""
+        expected = f"ok, without plugin{formats}," if check.ok else "FAILED: wrong numbers: error"
+        assert f"{check.precision} {expected}" in check.line()
     assert not library.live
 
 
@@ -417,17 +568,32 @@ def test_doctor_looks_into_plugin_libraries(tmp_path: Path, monkeypatch: pytest.
     assert "is not a misf plugin library" in (check.problem or "")
 
 
-def test_the_fake_has_the_interface_of_the_real_thing() -> None:
+def test_the_fake_has_the_interface_of_the_real_thing(tiny_plan: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    for fake, real in ((FakeContext, trt.IExecutionContext), (FakeEngine, trt.ICudaEngine)):
-        names = [name for name in vars(fake) if not name.startswith("_")]
+    own = {"does_not_tell", "compiled"}
+    for fake, real in (
+        (FakeContext, trt.IExecutionContext),
+        (FakeEngine, trt.ICudaEngine),
+        (RtxEngine, trt.ICudaEngine),
+        (FakeRuntimeCache, trt.IRuntimeCache),
+        (FakeRuntimeConfig, trt.IRuntimeConfig),
+    ):
+        names = [name for name in vars(fake) if not name.startswith("_") and name not in own]
         assert names
         assert [name for name in names if not hasattr(real, name)] == []
-    assert hasattr(trt.Runtime, "deserialize_cuda_engine")
+    assert hasattr(trt.IRuntimeConfig, "cuda_graph_strategy")
+    assert "WHOLE_GRAPH_CAPTURE" in trt.CudaGraphStrategy.__members__
     assert "USER_MANAGED" in trt.ExecutionContextAllocationStrategy.__members__
-    logger = tensorrt_api.make_logger(Flavor("tensorrt-rtx", trt, trt.__version__))
-    assert trt.Runtime(logger).deserialize_cuda_engine(b"no plan") is None
-    assert logger.errors  # the real library talks to our logger
+    logger = tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, trt.__version__))
+    with tiny_plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        runtime = trt.Runtime(logger)
+        logger.errors.clear()
+        if runtime.deserialize_cuda_engine(plan) is None:
+            assert logger.errors  # the real library talks to our logger
+            assert "magic" not in "".join(logger.errors)  # it is the driver that is missing, not a plan
+        logger.errors.clear()
+        assert runtime.deserialize_cuda_engine(b"no plan") is None
+        assert logger.errors
 
 
 def test_every_cuda_function_is_in_libcudart() -> None:
@@ -442,9 +608,43 @@ def test_every_cuda_function_is_in_libcudart() -> None:
         assert "cudaGetDeviceCount" in str(error)  # noqa: PT017
 
 
-def _headers() -> list[Path]:
-    import sys
+@pytest.mark.parametrize("mapped", [(), (12,), (13,), (12, 13)], ids=str)
+def test_libcudart_that_the_driver_is_too_old_for(mapped: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver for CUDA 12: libcudart 13 answers 35, so 12 is taken, wherever it is; without a 12 the error tells."""
+    installed = {13}
 
+    def load(name: str, mode: int = 0) -> Any:
+        major = int(name.rpartition(".")[2])
+        if major not in mapped if mode == os.RTLD_NOLOAD else major not in {*installed, *mapped}:
+            raise OSError(name)
+        library = FakeCudart()
+        library.major = major
+        library.cudaGetDeviceCount = lambda _out: 35 if major == 13 else 0
+        return library
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert cudart.find_cudart().major == (12 if 12 in mapped else 13)
+    installed.add(12)
+    assert cudart.find_cudart().major == 12
+
+
+def test_a_libcudart_that_is_mapped_already_comes_first() -> None:
+    """The real loader: what another library brought into this process, from a place that nobody searches."""
+    pytest.importorskip("nvidia")
+    code = """
+from misf.runtime.engines import cudart
+cudart.find_cudart()
+cudart._candidates = lambda: []
+cudart.CudaRuntime()
+"""
+    clean = [sys.executable, "-c", code]
+    for command, expected in ((clean, 0), ([part.replace("cudart.find_cudart()", "") for part in clean], 1)):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == expected, result.stderr
+    assert "libcudart was not found" in result.stderr
+
+
+def _headers() -> list[Path]:
     places = [Path("/usr/local/cuda/include")]
     places += [Path(entry) / "nvidia" / "cu13" / "include" for entry in sys.path]
     return [place / "cuda_runtime_api.h" for place in places if (place / "cuda_runtime_api.h").is_file()]

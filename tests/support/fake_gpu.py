@@ -1,13 +1,16 @@
 """A GPU for machines without one: libcudart on the CPU's memory, and the part of TensorRT that runs engines.
 
-The fake libcudart is strict: copies must lie inside living allocations, frees must match, work enqueued on a stream
-that captures is recorded and runs when its graph is launched. The fake engine computes with ONNX Runtime, from the
-addresses that it was given to the addresses that it was given, in scratch memory that it was given.
+The fake libcudart is strict: copies must lie inside living allocations, frees must match, memory belongs to the GPU
+that is the thread's, work enqueued on a stream that captures is recorded and runs when its graph is launched. The fake
+engine computes with ONNX Runtime, from the addresses that it was given to the addresses that it was given, in scratch
+memory that it was given, on the GPU where it was loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +31,15 @@ class FakeCudart:
         self.memory, self.gpus, self.integrated = memory, gpus, integrated
         self.compute_capability = (8, 9)
         self.live: dict[int, tuple[str, ctypes.Array[Any]]] = {}
+        self._thread = threading.local()
+        self.device_of: dict[int, int] = {}
         self.capturing: list[Callable[[], None]] | None = None
         self.capture_fails = False
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.calls: list[str] = []
-        self.waits: list[int] = []
+        self.waits: list[tuple[int, int]] = []
+        """Of a stream for another."""
+        self._recorded = 0
         self.last_error = 0
         for name in (*SIGNATURES, "cudaGetErrorString"):
             setattr(self, name, self._logged(name, getattr(self, "_" + name)))
@@ -43,6 +50,15 @@ class FakeCudart:
             return function(*arguments)
 
         return call
+
+    @property
+    def current(self) -> int:
+        """The GPU of this thread."""
+        return getattr(self._thread, "gpu", 0)
+
+    @current.setter
+    def current(self, gpu: int) -> None:
+        self._thread.gpu = gpu
 
     def count(self, name: str) -> int:
         return self.calls.count(name)
@@ -68,6 +84,7 @@ class FakeCudart:
         ctypes.memset(buffer, 0xFF, size)  # as float32: NaN, which no test would miss
         out._obj.value = ctypes.addressof(buffer)
         self.live[out._obj.value] = (kind, buffer)
+        self.device_of[out._obj.value] = self.current
         return 0
 
     def _release(self, address: int, kind: str) -> int:
@@ -82,8 +99,20 @@ class FakeCudart:
         out._obj.value = self.gpus
         return 0 if self.gpus else 100
 
+    def _cudaGetDevice(self, out: Any) -> int:  # noqa: N802
+        out._obj.value = self.current
+        return 0
+
     def _cudaSetDevice(self, index: int) -> int:  # noqa: N802
-        return 0 if index < self.gpus else 101
+        if index >= self.gpus:
+            return 101
+        self.current = index
+        return 0
+
+    def _cudaPointerGetAttributes(self, out: Any, address: int) -> int:  # noqa: N802
+        kind = self.live[address][0] if address in self.live else ""
+        out[0], out[1] = {"host": 1, "gpu": 2}.get(kind, 0), self.device_of.get(address, -2)
+        return 0
 
     def _cudaDeviceGetAttribute(self, out: Any, attribute: int, _device: int) -> int:  # noqa: N802
         major, minor = self.compute_capability
@@ -141,7 +170,7 @@ class FakeCudart:
         return 0
 
     def _cudaStreamWaitEvent(self, stream: int, _event: int, _flags: int) -> int:  # noqa: N802
-        assert stream == STREAM
+        self.waits.append((stream, self._recorded))
         return 0
 
     def _cudaEventCreateWithFlags(self, out: Any, _flags: int) -> int:  # noqa: N802
@@ -149,7 +178,7 @@ class FakeCudart:
         return 0
 
     def _cudaEventRecord(self, _event: int, stream: int) -> int:  # noqa: N802
-        self.waits.append(stream)
+        self._recorded = stream
         return 0
 
     def _cudaEventDestroy(self, _event: int) -> int:  # noqa: N802
@@ -195,8 +224,8 @@ def array_at(address: int, shape: tuple[int, ...]) -> Any:
 class FakeContext:
     """IExecutionContext."""
 
-    def __init__(self, cudart: FakeCudart, session: Any):
-        self._cudart, self._session = cudart, session
+    def __init__(self, engine: FakeEngine):
+        self._engine, self._cudart = engine, engine._cudart
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
@@ -206,10 +235,18 @@ class FakeContext:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        return SCRATCH_BYTES_PER_PIXEL * int(np.prod(self._shapes["image"]))
+        return 0 if self._engine.does_not_tell else self._needed()
+
+    def _needed(self) -> int:
+        needed = SCRATCH_BYTES_PER_PIXEL * int(np.prod(self._shapes["image"]))
+        return self._engine.device_memory_size_v2 if self._engine.does_not_tell else needed
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert self._cudart.holds(memory, size)
+        self._engine.registered.append((memory, size))
+        if size < self._needed():
+            self._engine.logger.log(FakeLogger.Severity.ERROR, "the memory is too small")
+            return
         self._scratch = (memory, size)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
@@ -220,12 +257,13 @@ class FakeContext:
         n, _, height, width = self._shapes["image"]
         shapes = {**self._shapes, "output": (n, 3, height, width)}
         places = {name: (self._addresses[name], shape) for name, shape in shapes.items()}
-        assert self._cudart.holds(*self._scratch)
-        assert self._scratch[1] == self.update_device_memory_size_for_shapes()
+        assert self._cudart.current == self._engine.device
+        scratch, needed = self._scratch, self._needed()
 
-        def work() -> None:
+        def work() -> None:  # of a graph too: in the memory that it was captured with
+            assert needed == 0 or (self._cudart.holds(*scratch) and scratch[1] >= needed)
             feed = {name: array_at(*places[name]).copy() for name in ("image", "mask")}
-            array_at(*places["output"])[...] = self._session.run(["output"], feed)[0]
+            array_at(*places["output"])[...] = self._engine.session.run(["output"], feed)[0]
 
         self._cudart.enqueue(work, stream_handle)
         return True
@@ -235,16 +273,88 @@ class FakeEngine:
     """ICudaEngine."""
 
     num_io_tensors = 3
+    device_memory_size_v2 = 1 << 16
+    compiled = 0
+    does_not_tell = False
+    """Whether it says of no shape how much memory it needs."""
 
-    def __init__(self, cudart: FakeCudart, session: Any):
-        self._cudart, self._session = cudart, session
+    def __init__(self, cudart: FakeCudart, session: Any, logger: Any = None):
+        self._cudart, self.session, self.logger = cudart, session, logger
+        self.device = cudart.current
+        self.registered: list[tuple[int, int]] = []
 
     def get_tensor_name(self, index: int) -> str:
         return ("image", "mask", "output")[index]
 
     def create_execution_context(self, strategy: str) -> FakeContext:
         assert strategy == "USER_MANAGED"
-        return FakeContext(self._cudart, self._session)
+        return FakeContext(self)
+
+
+class FakeRuntimeCache:
+    """IRuntimeCache: remembers which shapes were compiled, and takes only what it wrote itself."""
+
+    def __init__(self) -> None:
+        self.kernels = b"cache:"
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.kernels)
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"cache:"):
+            return False
+        self.kernels = bytes(blob)
+        return True
+
+
+class FakeRuntimeConfig:
+    """IRuntimeConfig, with what it is by default."""
+
+    def __init__(self) -> None:
+        self.cuda_graph_strategy = "DISABLED"
+        self.dynamic_shapes_kernel_specialization_strategy = "LAZY"
+        self._strategy = "STATIC"
+        self._cache: FakeRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self._strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self._cache = cache
+        return True
+
+
+class RtxContext(FakeContext):
+    """Of TensorRT for RTX: a capture from outside would record the kernels of the moment, so here none is allowed."""
+
+    config: FakeRuntimeConfig
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert self._cudart.capturing is None
+        assert self.config._cache is not None
+        shape = repr(self._shapes["image"]).encode()
+        if shape not in self.config._cache.kernels:
+            self._engine.compiled += 1
+            self.config._cache.kernels += shape
+        return super().execute_async_v3(stream_handle)
+
+
+class RtxEngine(FakeEngine):
+    """Of TensorRT for RTX."""
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        assert self._cudart.current == self.device
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, runtime_config: Any) -> RtxContext:
+        assert runtime_config._strategy == "USER_MANAGED"
+        context = RtxContext(self)
+        context.config = runtime_config
+        self.graphs = runtime_config.cuda_graph_strategy
+        return context
 
 
 class FakeLogger:
@@ -256,22 +366,30 @@ class FakeLogger:
         pass
 
 
-def fake_tensorrt(cudart: FakeCudart, onnx_file: Any, plan: bytes) -> Any:
-    """Return a module that loads `plan`, and nothing else, as an engine that computes what `onnx_file` says."""
+def fake_tensorrt(cudart: FakeCudart, onnx_file: Any, plan: bytes, engine: type[FakeEngine] = FakeEngine) -> Any:
+    """Return a module that loads `plan`, and nothing else, as an engine that computes what `onnx_file` says.
+
+    Its `engines` are those that it loaded.
+    """
     session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    engines: list[FakeEngine] = []
 
     class Runtime:
         def __init__(self, logger: Any):
             self._logger = logger
 
-        def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
-            if serialized_engine == plan:
-                return FakeEngine(cudart, session)
+        def deserialize_cuda_engine(self, serialized_engine: Any) -> FakeEngine | None:
+            assert isinstance(serialized_engine, mmap.mmap)  # a gigabyte is not read into memory to be copied once more
+            if serialized_engine[:] == plan:
+                engines.append(engine(cudart, session, self._logger))
+                return engines[-1]
             self._logger.log(FakeLogger.Severity.ERROR, "Serialization assertion magicTagRead == kMAGIC_TAG failed.")
             return None
 
     return SimpleNamespace(
         ILogger=FakeLogger,
         Runtime=Runtime,
+        engines=engines,
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE_GRAPH_CAPTURE"),
     )

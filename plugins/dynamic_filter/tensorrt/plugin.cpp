@@ -8,6 +8,10 @@
 #include <limits>
 #include <new>
 
+#ifndef MISF_VERSION_TEXT
+#define MISF_VERSION_TEXT "unknown"
+#endif
+
 namespace misf
 {
 namespace
@@ -82,8 +86,9 @@ DynamicFilterPlugin::DynamicFilterPlugin(Attributes const& attributes) noexcept
           PluginField{kSHARE, &mAttributes.share, PluginFieldType::kINT32, 1}}
     , mFieldCollection{2, mFields}
 {
-    std::snprintf(
-        mTimingCacheId, sizeof(mTimingCacheId), "kernel_size=%d,share=%d", attributes.kernelSize, attributes.share);
+    // Timings of another version's kernels are not ours.
+    std::snprintf(mTimingCacheId, sizeof(mTimingCacheId), "kernel_size=%d,share=%d,misf=%s", attributes.kernelSize,
+        attributes.share, MISF_VERSION_TEXT);
 }
 
 IPluginCapability* DynamicFilterPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept

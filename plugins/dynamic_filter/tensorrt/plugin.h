@@ -71,7 +71,7 @@ private:
     Attributes const mAttributes;
     Call mCall{};       // set by onShapeChange
     bool mReady{false}; // whether it was
-    char mTimingCacheId[64];
+    char mTimingCacheId[128];
     nvinfer1::PluginField mFields[2];
     nvinfer1::PluginFieldCollection mFieldCollection;
 };
