@@ -166,7 +166,7 @@ def backend_ways(files: dict[str, Path]) -> list[Way]:
             opened = TensorRtBackend(file)
             return lambda: opened(image, mask)  # type: ignore[arg-type] # torch tensors are taken too
 
-        ways.append(Way(f"TensorRT {name}, pictures on the GPU", on_gpu, events=False))
+        ways.append(Way(f"TensorRT {name}, pictures on the GPU", on_gpu))
     return ways
 
 
