@@ -1,7 +1,8 @@
 // Drives the plugin library as TensorRT would, without TensorRT: harness LIBRARY [FAKE_NVINFER].
 //
 // Prints one line per check and returns the number of failed ones. With a fake libnvinfer the errors must arrive at its
-// logger, without at stderr. Compiled by nvcc with -DMISF_WITH_GPU it also runs enqueue on real buffers, see main.
+// logger, without at stderr. With more arguments it runs enqueue on real buffers instead: on the GPU where nvcc compiled
+// this with -DMISF_WITH_GPU (on_gpu.h), on the CPU with a library whose kernels run there (on_cpu.h).
 #include <NvInferRuntime.h>
 
 #include <cstdio>
@@ -69,6 +70,24 @@ Plugin make(IPluginCreatorV3One& creator, int32_t kernelSize, int32_t share)
     return make(creator,
         {PluginField("kernel_size", &kernelSize, PluginFieldType::kINT32, 1),
             PluginField("share", &share, PluginFieldType::kINT32, 1)});
+}
+
+// Writes a plugin into a plan, destroys it, and makes the one that an engine loads from the plan. TensorRT copies names
+// and data; here into memory of our own, before the plugin goes.
+Plugin reload(IPluginCreatorV3One& creator, Plugin plugin)
+{
+    PluginFieldCollection const* const fields = Parts(*plugin).run->getFieldsToSerialize();
+    std::vector<std::pair<std::string, std::vector<char>>> plan;
+    for (int32_t i = 0; i < fields->nbFields; ++i)
+    {
+        auto const* const bytes = static_cast<char const*>(fields->fields[i].data);
+        plan.emplace_back(fields->fields[i].name, std::vector<char>(bytes, bytes + sizeof(int32_t)));
+    }
+    plugin.reset();
+    std::vector<PluginField> restored;
+    for (auto const& [name, bytes] : plan)
+        restored.emplace_back(name.c_str(), bytes.data(), PluginFieldType::kINT32, 1);
+    return make(creator, restored, TensorRTPhase::kRUNTIME);
 }
 
 PluginTensorDesc tensor(std::vector<int64_t> const& dims, DataType type, TensorFormat format)
@@ -221,20 +240,10 @@ void checkSerialisation(IPluginCreatorV3One& creator)
 {
     Plugin first = make(creator, 5, 5);
     PluginFieldCollection const* const fields = Parts(*first).run->getFieldsToSerialize();
-    // TensorRT copies names and data into the plan; here into memory of our own, before the plugin goes.
-    std::vector<std::pair<std::string, std::vector<char>>> plan;
     for (int32_t i = 0; i < fields->nbFields; ++i)
-    {
-        PluginField const& field = fields->fields[i];
-        check(field.type == PluginFieldType::kINT32 && field.length == 1, "a serialised field is one int32");
-        auto const* const bytes = static_cast<char const*>(field.data);
-        plan.emplace_back(field.name, std::vector<char>(bytes, bytes + 4));
-    }
-    first.reset();
-    std::vector<PluginField> restored;
-    for (auto const& [name, bytes] : plan)
-        restored.emplace_back(name.c_str(), bytes.data(), PluginFieldType::kINT32, 1);
-    Plugin second = make(creator, restored, TensorRTPhase::kRUNTIME);
+        check(fields->fields[i].type == PluginFieldType::kINT32 && fields->fields[i].length == 1,
+            "a serialised field is one int32");
+    Plugin second = reload(creator, std::move(first));
     check(second != nullptr && std::strcmp(Parts(*second).build->getTimingCacheID(), "kernel_size=5,share=5") == 0,
         "what was serialised makes the same plugin");
 
@@ -290,6 +299,8 @@ void checkRuntime(IPluginCreatorV3One& creator)
 
 #ifdef MISF_WITH_GPU
 #include "on_gpu.h"
+#else
+#include "on_cpu.h"
 #endif
 
 int main(int argc, char** argv)
@@ -314,10 +325,8 @@ int main(int argc, char** argv)
     IPluginCreatorInterface* const* const creators = getCreators(count);
     check(count == 1, "one creator");
     auto& creator = static_cast<IPluginCreatorV3One&>(*creators[0]);
-#ifdef MISF_WITH_GPU
     if (argc > 3)
-        return runOnGpu(creator, argv + 2);
-#endif
+        return runOnBuffers(creator, argv + 2);
     checkCreator(creator);
     checkBadFields(creator);
     checkBuild(creator);
