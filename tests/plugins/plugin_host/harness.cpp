@@ -278,6 +278,11 @@ void checkRuntime(IPluginCreatorV3One& creator)
     check(change({1, 8, 5, 7}, {1, 18, 5, 7}, DataType::kHALF, TensorFormat::kHWC8) == 0, "sizes in HWC8");
     check(change({1, 8, 5, 7}, {1, 18, 7, 5}, DataType::kFLOAT, kLINEAR) != 0, "taps of another height are refused");
     check(change({1, 8, 5, 7}, {1, 72, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "taps of another count are refused");
+    check(change({1, 8, 5, 7}, {1, 18, 5, 7}, DataType::kINT8, kLINEAR) != 0, "int8 is refused");
+    check(change({1, 8, 5, 7}, {1, 18, 5, 7}, DataType::kFLOAT, TensorFormat::kHWC8) != 0, "HWC8 float is refused");
+    PluginTensorDesc const mixed[] = {tensor({1, 8, 5, 7}, DataType::kFLOAT, kLINEAR),
+        tensor({1, 18, 5, 7}, DataType::kHALF, kLINEAR)};
+    check(run.onShapeChange(mixed, 2, mixed, 1) != 0, "two types are refused");
     check(change({1, 8, 5, -1}, {1, 18, 5, -1}, DataType::kFLOAT, kLINEAR) != 0, "unknown sizes are refused");
     check(
         change({1LL << 32, 8, 5, 7}, {1LL << 32, 18, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "2^32 images are refused");
@@ -286,6 +291,10 @@ void checkRuntime(IPluginCreatorV3One& creator)
     check(change({0, 8, 5, 7}, {0, 18, 5, 7}, DataType::kFLOAT, kLINEAR) == 0
             && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) == 0,
         "nothing to do is done");
+    int64_t const large = 1 << 30;
+    check(change({large, 4, large, large}, {large, 9, large, large}, DataType::kHALF, kLINEAR) == 0
+            && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) != 0,
+        "more than a grid holds is an error");
 #ifndef MISF_WITH_GPU
     float memory[72] = {};
     inputs[0] = inputs[1] = outputs[0] = memory;
