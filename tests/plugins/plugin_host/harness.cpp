@@ -291,6 +291,9 @@ void checkRuntime(IPluginCreatorV3One& creator)
     check(change({0, 8, 5, 7}, {0, 18, 5, 7}, DataType::kFLOAT, kLINEAR) == 0
             && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) == 0,
         "nothing to do is done");
+    Plugin const copy(plugin->clone());
+    check(Parts(*copy).run->enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) == 0,
+        "a clone knows the sizes of the original");
     int64_t const large = 1 << 30;
     check(change({large, 4, large, large}, {large, 9, large, large}, DataType::kHALF, kLINEAR) == 0
             && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) != 0,
