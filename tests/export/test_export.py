@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,11 +167,8 @@ def invoke(*arguments: str | Path) -> Any:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_export_to_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "half.onnx"
-    result = invoke("--checkpoint", tiny_checkpoint, "--fp16", "-o", output, "--json")
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
+def test_export_to_float16(tiny_fp16: tuple[Path, dict[str, Any]]) -> None:
+    output, report = tiny_fp16
     assert report["precision"] == "fp16"
     assert set(report["convolutions"]) == {"fp16"}
     assert all(case["finite"] and case["psnr_hole_db"] >= 50 for case in report["check"])
