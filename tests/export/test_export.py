@@ -90,6 +90,7 @@ def test_the_file_is_as_designed(tiny_onnx: Path, tiny_checkpoint: Path) -> None
     assert b"site-packages" not in tiny_onnx.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -182,6 +183,7 @@ def test_export_to_float16(tiny_fp16: tuple[Path, dict[str, Any]]) -> None:
     assert all(types[name] == TensorProto.FLOAT16 for name in filters)
 
 
+@pytest.mark.slow
 def test_layers_out_of_range_are_kept_and_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     weights = dict(checkpoint.weights)

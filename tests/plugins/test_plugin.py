@@ -395,6 +395,7 @@ def test_tensorrt_for_rtx_creates_the_plugin(built: Built, tmp_path: Path) -> No
 # ---- misf-plugin ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_build_path_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """misf-plugin build with CMake, and everything that finds and describes what it made."""
     cuda_home()

@@ -151,6 +151,7 @@ def test_killed_and_resumed_is_as_never_stopped(more: tuple[str, ...], photograp
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--recipe", "fidelity")], ids=["paper", "muon"])
 def test_two_processes_compute_what_one_does(more: tuple[str, ...], photographs: Path, tmp_path: Path) -> None:
     arguments = ("--data", photographs, *QUICK, *more, "--steps", "3", "--batch", "4", "--device", "cpu")
