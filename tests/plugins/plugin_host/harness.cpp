@@ -1,8 +1,8 @@
 // Drives the plugin library as TensorRT would, without TensorRT: harness LIBRARY [FAKE_NVINFER].
 //
 // Prints one line per check and returns the number of failed ones. With a fake libnvinfer the errors must arrive at its
-// logger, without at stderr. With more arguments it runs enqueue on real buffers instead: on the GPU where nvcc compiled
-// this with -DMISF_WITH_GPU (on_gpu.h), on the CPU with a library whose kernels run there (on_cpu.h).
+// logger, without at stderr. With more arguments it runs enqueue on real buffers instead: on the GPU where nvcc
+// compiled this with -DMISF_WITH_GPU (on_gpu.h), on the CPU with a library whose kernels run there (on_cpu.h).
 #include <NvInferRuntime.h>
 
 #include <cstdio>

@@ -1,9 +1,9 @@
-// The part of TensorRT's C++ interface that the plugin, its harness and fake_nvinfer.cpp use, declared from NVIDIA's API
-// reference so that every test run can compile them. For tests only: `misf-plugin build` takes NVIDIA's headers.
+// The part of TensorRT's C++ interface that the plugin, its harness and fake_nvinfer.cpp use, declared from NVIDIA's
+// API reference so that every test run can compile them. For tests only: `misf-plugin build` takes NVIDIA's headers.
 //
 // It follows TensorRT 11; what the plugin itself uses is the same from 10.3 on. Virtual functions stand in NVIDIA's
-// order, so that a real TensorRT can call a plugin that was compiled here. agreement.cpp states all of it once more, and
-// test_plugin.py compiles that against this file and, where it has them, against NVIDIA's headers.
+// order, so that a real TensorRT can call a plugin that was compiled here. agreement.cpp states all of it once more,
+// and test_plugin.py compiles that against this file and, where it has them, against NVIDIA's headers.
 #pragma once
 
 #include "NvInferVersion.h"
@@ -251,8 +251,8 @@ public:
     virtual void deregisterLibrary(PluginLibraryHandle handle) noexcept = 0;
     virtual bool registerCreator(IPluginCreatorInterface& creator, AsciiChar const* pluginNamespace) noexcept = 0;
     virtual IPluginCreatorInterface* const* getAllCreators(int32_t* numCreators) const noexcept = 0;
-    virtual IPluginCreatorInterface* getCreator(
-        AsciiChar const* pluginName, AsciiChar const* pluginVersion, AsciiChar const* pluginNamespace = "") noexcept = 0;
+    virtual IPluginCreatorInterface* getCreator(AsciiChar const* pluginName, AsciiChar const* pluginVersion,
+        AsciiChar const* pluginNamespace = "") noexcept = 0;
     virtual bool deregisterCreator(IPluginCreatorInterface const& creator) noexcept = 0;
     virtual IPluginResource* acquirePluginResource(AsciiChar const* key, IPluginResource* resource) noexcept = 0;
     virtual int32_t releasePluginResource(AsciiChar const* key) noexcept = 0;

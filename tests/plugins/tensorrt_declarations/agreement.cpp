@@ -1,5 +1,5 @@
-// What NvInferRuntime.h beside this file declares, stated a second time: it must compile against that header and against
-// NVIDIA's. Run, it prints each virtual function's place in its class's table, which must be the same for both.
+// What NvInferRuntime.h beside this file declares, stated a second time: it must compile against that header and
+// against NVIDIA's. Run, it prints each virtual function's place in its class's table, which must be the same for both.
 #include <NvInferRuntime.h>
 #include <cstddef>
 #include <cstdio>
