@@ -75,14 +75,12 @@ PROBE = "#include <NvInferVersion.h>\nmisf_probe NV_TENSORRT_MAJOR NV_TENSORRT_M
 class Built:
     """Both libraries for one set of headers, with the harness and a stand-in for libnvinfer."""
 
-    def __init__(self, headers: Path, folder: Path) -> None:
+    def __init__(self, headers: Path, folder: Path, kernels: list[object]) -> None:
         self.headers, self.folder, self.version = headers, folder, version_of(headers)
-        self.on_cpu = headers == DECLARATIONS
-        cuda = cuda_headers() if self.on_cpu else [cuda_home() / "include"]
+        cuda = cuda_headers() if headers == DECLARATIONS else [cuda_home() / "include"]
         self.flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{KERNELS}"]
         for place in (*cuda, include_folder(headers)):
             self.flags += ["-isystem", str(place)]
-        kernels = self._kernels_for_cpu() if self.on_cpu else self._kernels_for_gpu()
         common = [self._object("plugin"), self._object("log"), *kernels]
         link = [CXX, "-shared", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"]
         major = self.version[0]
@@ -102,23 +100,30 @@ class Built:
         run(CXX, *self.flags, "-fvisibility=hidden", "-c", library.SOURCES / f"{name}.cpp", "-o", target)
         return target
 
-    def _kernels_for_gpu(self) -> list[object]:
-        home, target = cuda_home(), self.folder / "launch.o"
-        options = ["-std=c++17", "-O3", f"-arch={gpu_architecture()}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        run(home / "bin" / "nvcc", *options, "-c", KERNELS / "launch.cu", "-o", target)
-        places = [f"-L{home}/lib64", f"-L{home}/targets/x86_64-linux/lib"]
-        return [target, *places, "-lcudart_static", "-lrt", "-lpthread"]
 
-    def _kernels_for_cpu(self) -> list[object]:
-        """Compile launch.cu for the CPU; undefined behaviour, a misaligned access say, ends the process."""
-        source, launches = re.subn(r"<<<(.*?)>>>", r" << misf_host::On(\1)", (KERNELS / "launch.cu").read_text())
-        assert launches == 1
-        copy, target = self.folder / "launch.cu", self.folder / "launch.o"
-        copy.write_text(f'#line 1 "launch.cu"\n{source}')
-        options = ["-fvisibility=hidden", "-Wno-unknown-pragmas", "-fsanitize=undefined"]
-        options += ["-fsanitize-undefined-trap-on-error", f'-DMISF_LAUNCH="{copy}"']
-        run(CXX, *self.flags, *options, "-c", CUDA_HOST / "launch.cpp", "-o", target)
-        return [target]
+@pytest.fixture(scope="module")
+def kernels_for_gpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """What to link for one GPU; the kernels do not depend on TensorRT's headers."""
+    home, target = cuda_home(), tmp_path_factory.mktemp("kernels") / "launch.o"
+    options = ["-std=c++17", "-O3", f"-arch={gpu_architecture()}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    run(home / "bin" / "nvcc", *options, "-c", KERNELS / "launch.cu", "-o", target)
+    places = [f"-L{home}/lib64", f"-L{home}/targets/x86_64-linux/lib"]
+    return [target, *places, "-lcudart_static", "-lrt", "-lpthread"]
+
+
+@pytest.fixture(scope="module")
+def kernels_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """What to link for the CPU. Undefined behaviour, a misaligned access say, ends the process."""
+    folder = tmp_path_factory.mktemp("kernels")
+    source, launches = re.subn(r"<<<(.*?)>>>", r" << misf_host::On(\1)", (KERNELS / "launch.cu").read_text())
+    assert launches == 1
+    copy, target = folder / "launch.cu", folder / "launch.o"
+    copy.write_text(f'#line 1 "launch.cu"\n{source}')
+    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    options += ["-Wno-unknown-pragmas", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    options += [f"-isystem{place}" for place in cuda_headers()]
+    run(CXX, *options, f"-I{KERNELS}", f'-DMISF_LAUNCH="{copy}"', "-c", CUDA_HOST / "launch.cpp", "-o", target)
+    return [target]
 
 
 def gpu_architecture() -> str:
@@ -144,7 +149,8 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         )
     if shutil.which(CXX) is None:
         pytest.skip("NOT PROVED: the TensorRT plugin was not built, because there is no C++ compiler")
-    return Built(request.param, tmp_path_factory.mktemp("plugin"))
+    kernels = request.getfixturevalue("kernels_for_cpu" if request.param == DECLARATIONS else "kernels_for_gpu")
+    return Built(request.param, tmp_path_factory.mktemp("plugin"), kernels)
 
 
 # ---- our declarations -----------------------------------------------------------------------------------------------
