@@ -1,11 +1,12 @@
-# make demo: the whole way on a photograph.  make test: everything that CI runs.  make lint: style and types.
+# make demo: the whole way on a photograph.  make test: everything that CI runs.  make quick: its tests but the slow.
+# make lint: style and types.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 WEIGHTS = training/weights/misf-small.safetensors
 SAMPLES = runtime/samples
 
-.PHONY: demo test lint clean
+.PHONY: demo test quick lint clean
 
 $(VENV)/.export: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,9 @@ demo: $(VENV)/.export
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

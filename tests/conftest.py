@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 
@@ -11,8 +12,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:  # noqa: ARG001
@@ -38,6 +42,12 @@ def load_benchmark(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look for it there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator seeded by the test's name: the same values whichever tests run before it, or without it."""
+    return np.random.default_rng(list(request.node.name.encode()))
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +82,18 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
     export_onnx(load_checkpoint(tiny_checkpoint), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The same as an ONNX file by misf-export --fp16, and its report."""
+    pytest.importorskip("onnxscript")
+    from misf.export.export_cli import main
+
+    path = tmp_path_factory.mktemp("onnx") / "half.onnx"
+    result = CliRunner().invoke(main, ["--checkpoint", str(tiny_checkpoint), "--fp16", "-o", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    return path, json.loads(result.stdout)
 
 
 @pytest.fixture(scope="session")

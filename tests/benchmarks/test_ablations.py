@@ -25,6 +25,7 @@ def ablations() -> ModuleType:
     return load_benchmark("ablations")
 
 
+@pytest.mark.slow
 def test_table_of_two_variants(ablations: ModuleType, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

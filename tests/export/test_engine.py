@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -505,11 +504,9 @@ def test_ctrl_c_during_a_build(tiny_onnx: Path, tmp_path: Path) -> None:
         for line in process.stderr:
             if line.startswith("phase "):
                 break
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         assert process.wait(60) == 130, rest
-    assert time.monotonic() - started < 30
     assert "cancelling the build" in rest
     assert "misf-build: interrupted" in rest
     assert "Traceback" not in rest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,7 @@ def test_the_file_is_as_designed(tiny_onnx: Path, tiny_checkpoint: Path) -> None
     assert b"site-packages" not in tiny_onnx.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -168,11 +168,8 @@ def invoke(*arguments: str | Path) -> Any:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_export_to_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "half.onnx"
-    result = invoke("--checkpoint", tiny_checkpoint, "--fp16", "-o", output, "--json")
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
+def test_export_to_float16(tiny_fp16: tuple[Path, dict[str, Any]]) -> None:
+    output, report = tiny_fp16
     assert report["precision"] == "fp16"
     assert set(report["convolutions"]) == {"fp16"}
     assert all(case["finite"] and case["psnr_hole_db"] >= 50 for case in report["check"])
@@ -186,6 +183,7 @@ def test_export_to_float16(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert all(types[name] == TensorProto.FLOAT16 for name in filters)
 
 
+@pytest.mark.slow
 def test_layers_out_of_range_are_kept_and_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     weights = dict(checkpoint.weights)

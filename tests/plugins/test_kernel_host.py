@@ -215,6 +215,8 @@ ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 120)
 EVERYTHING = os.environ.get("MISF_ALL_ARCHITECTURES") == "1"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_nvcc_compiles_without_spills(tmp_path: Path) -> None:
     """What ships, for the oldest, a middle and the newest GPU; with MISF_ALL_ARCHITECTURES=1 for all."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"

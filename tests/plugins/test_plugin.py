@@ -1,4 +1,7 @@
-"""The TensorRT plugin: built against real headers, driven without TensorRT, found and created by TensorRT for RTX.
+"""The TensorRT plugin: built, driven without TensorRT, found and created by TensorRT for RTX.
+
+Every run compiles it with g++ against the declarations beside this file, with the kernels for the CPU, and executes it.
+Where there are nvcc and NVIDIA's headers, it is built as users build it, too.
 
 MISF_TENSORRT_HEADERS: folders with TensorRT headers (or unpacked TensorRTs), separated by colons; best several
 versions, as 10.3, 10.13 and 11.1. MISF_RTX_PYTHON: a Python that has tensorrt_rtx, where this one has not.
@@ -10,6 +13,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,7 +29,11 @@ from misf.plugins.dynamic_filter import dynamic_filter
 from misf.plugins.dynamic_filter.tensorrt import library
 from misf.plugins.shared.errors import EnvironmentMismatch, MisfError
 
+from .cuda_host.walker import cuda_headers
+
 HERE = Path(__file__).parent / "plugin_host"
+CUDA_HOST = Path(__file__).parent / "cuda_host"
+DECLARATIONS = Path(__file__).parent / "tensorrt_declarations"
 KERNELS = library.SOURCES.parent / "kernels"
 HEADERS = [Path(folder) for folder in os.environ.get("MISF_TENSORRT_HEADERS", "").split(":") if folder]
 CXX = os.environ.get("CXX", "g++")
@@ -67,26 +75,19 @@ PROBE = "#include <NvInferVersion.h>\nmisf_probe NV_TENSORRT_MAJOR NV_TENSORRT_M
 class Built:
     """Both libraries for one set of headers, with the harness and a stand-in for libnvinfer."""
 
-    def __init__(self, headers: Path, folder: Path, cuda_object: Path) -> None:
-        self.folder, self.version = folder, version_of(headers)
-        home = cuda_home()
-        self.flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-        self.flags += ["-isystem", str(home / "include"), "-isystem", str(include_folder(headers))]
-        common = [self._object("plugin"), self._object("log"), cuda_object]
-        cudart = [
-            f"-L{home}/lib64",
-            f"-L{home}/targets/x86_64-linux/lib",
-            "-lcudart_static",
-            "-lrt",
-            "-lpthread",
-            "-ldl",
-        ]
+    def __init__(self, headers: Path, folder: Path, kernels: list[object]) -> None:
+        self.headers, self.folder, self.version = headers, folder, version_of(headers)
+        cuda = cuda_headers() if headers == DECLARATIONS else [cuda_home() / "include"]
+        self.flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{KERNELS}"]
+        for place in (*cuda, include_folder(headers)):
+            self.flags += ["-isystem", str(place)]
+        common = [self._object("plugin"), self._object("log"), *kernels]
         link = [CXX, "-shared", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"]
         major = self.version[0]
         self.loadable = folder / library.library_name(major)
         self.twin = folder / library.library_name(major, self_registering=True)
-        run(*link, self._object("exports"), *common, "-o", self.loadable, *cudart)
-        run(*link, self._object("selfregister"), *common, "-o", self.twin, *cudart)
+        run(*link, self._object("exports"), *common, "-o", self.loadable, "-ldl")
+        run(*link, self._object("selfregister"), *common, "-o", self.twin, "-ldl")
         self.fake = folder / "fake" / f"libnvinfer.so.{major}"
         self.fake.parent.mkdir()
         soname = f"-Wl,-soname,{self.fake.name}"
@@ -102,12 +103,28 @@ class Built:
 
 
 @pytest.fixture(scope="module")
-def cuda_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels for one GPU; they do not depend on TensorRT's headers."""
-    target = tmp_path_factory.mktemp("kernels") / "launch.o"
+def kernels_for_gpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """What to link for one GPU; the kernels do not depend on TensorRT's headers."""
+    home, target = cuda_home(), tmp_path_factory.mktemp("kernels") / "launch.o"
     options = ["-std=c++17", "-O3", f"-arch={gpu_architecture()}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    run(cuda_home() / "bin" / "nvcc", *options, "-c", KERNELS / "launch.cu", "-o", target)
-    return target
+    run(home / "bin" / "nvcc", *options, "-c", KERNELS / "launch.cu", "-o", target)
+    places = [f"-L{home}/lib64", f"-L{home}/targets/x86_64-linux/lib"]
+    return [target, *places, "-lcudart_static", "-lrt", "-lpthread"]
+
+
+@pytest.fixture(scope="module")
+def kernels_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """What to link for the CPU. Undefined behaviour, a misaligned access say, ends the process."""
+    folder = tmp_path_factory.mktemp("kernels")
+    source, launches = re.subn(r"<<<(.*?)>>>", r" << misf_host::On(\1)", (KERNELS / "launch.cu").read_text())
+    assert launches == 1
+    copy, target = folder / "launch.cu", folder / "launch.o"
+    copy.write_text(f'#line 1 "launch.cu"\n{source}')
+    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    options += ["-Wno-unknown-pragmas", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    options += [f"-isystem{place}" for place in cuda_headers()]
+    run(CXX, *options, f"-I{KERNELS}", f'-DMISF_LAUNCH="{copy}"', "-c", CUDA_HOST / "launch.cpp", "-o", target)
+    return [target]
 
 
 def gpu_architecture() -> str:
@@ -117,13 +134,49 @@ def gpu_architecture() -> str:
     return f"sm_{major}{minor}"
 
 
-@pytest.fixture(scope="module", params=HEADERS or [None], ids=lambda path: path.name if path else "no-headers")
+NVIDIAS = HEADERS or [None]
+
+
+def name_of(headers: Path | None) -> str:
+    return headers.name if headers else "no-headers"
+
+
+@pytest.fixture(scope="module", params=[DECLARATIONS, *NVIDIAS], ids=name_of)
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     if request.param is None:
         pytest.skip(
-            "NOT PROVED: the TensorRT plugin was not built: set MISF_TENSORRT_HEADERS to folders of its headers"
+            "NOT PROVED: the TensorRT plugin was not built with NVIDIA's headers: "
+            "set MISF_TENSORRT_HEADERS to folders of them"
         )
-    return Built(request.param, tmp_path_factory.mktemp("plugin"), request.getfixturevalue("cuda_object"))
+    if shutil.which(CXX) is None:
+        pytest.skip("NOT PROVED: the TensorRT plugin was not built, because there is no C++ compiler")
+    kernels = request.getfixturevalue("kernels_for_cpu" if request.param == DECLARATIONS else "kernels_for_gpu")
+    return Built(request.param, tmp_path_factory.mktemp("plugin"), kernels)
+
+
+# ---- our declarations -----------------------------------------------------------------------------------------------
+
+
+def virtual_tables(headers: Path, program: Path) -> list[str]:
+    """Return where the interface's virtual functions stand, after the compiler has checked all else about it."""
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", include_folder(headers)]
+    for place in cuda_headers():
+        flags += ["-isystem", place]
+    run(CXX, *flags, DECLARATIONS / "agreement.cpp", "-o", program)
+    return run(program).stdout.splitlines()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="agreement.cpp reads pointers to members as x86-64 has them")
+def test_our_declarations_are_nvidias(tmp_path: Path) -> None:
+    """Values, layouts, signatures and the order of virtual functions; with NVIDIA's headers where they are at hand."""
+    ours = virtual_tables(DECLARATIONS, tmp_path / "ours")
+    assert len(ours) == 32
+    for headers in HEADERS:
+        theirs = virtual_tables(headers, tmp_path / "theirs")
+        # The logger and the registry, which come last, are not the same in version 10.
+        assert theirs == (ours if version_of(headers) >= (11, 0) else ours[:27])
+    if not HEADERS:
+        pytest.skip("NOT PROVED: our declarations were not compared with NVIDIA's headers: set MISF_TENSORRT_HEADERS")
 
 
 # ---- the library as a file ------------------------------------------------------------------------------------------
@@ -159,19 +212,25 @@ def test_what_is_linked_and_exported(built: Built) -> None:
 # ---- the plugin, driven as TensorRT does ----------------------------------------------------------------------------
 
 
+NO_GPU = {**os.environ, "MISF_FAKE_LAUNCH_ERROR": "100"}  # cudaErrorNoDevice, also where kernels run on the CPU
+
+
 def test_harness_without_tensorrt(built: Built) -> None:
     """Creator, attributes, shapes, formats, serialisation, clones, wrong calls; reasons go to stderr."""
-    result = run(built.harness, built.loadable)
+    result = run(built.harness, built.loadable, env=NO_GPU)
     assert "FAIL" not in result.stdout
     assert result.stdout.count("ok  ") >= 40
     lines = result.stderr.splitlines()
     assert "misf plugin: DynamicFilter: kernel_size must be odd and from 1 to 101, got 2" in lines
     assert all(line.startswith("misf plugin: DynamicFilter: ") for line in lines)
+    failed = [line for line in lines if "launch failed: " in line]
+    assert "invalid argument (N,C,H,W = 1073741824,4,1073741824,1073741824)" in failed[0]
+    assert failed[1].endswith("(N,C,H,W = 1,4,1,1)")
 
 
 def test_harness_with_tensorrts_logger(built: Built) -> None:
     """Where a TensorRT of the right major is loaded, reasons go to its logger, and stderr stays silent."""
-    result = run(built.harness, built.loadable, built.fake)
+    result = run(built.harness, built.loadable, built.fake, env=NO_GPU)
     assert "FAIL" not in result.stdout
     assert "ok   every refusal is an error in TensorRT's log" in result.stdout
     # The last refusal of the harness comes without a logger.
@@ -201,7 +260,7 @@ def test_the_twin_registers_itself(built: Built) -> None:
     assert load(built.fake, MISF_FAKE_MAJOR=str(21 - major)) == ("0", message)
 
 
-# ---- on a GPU -------------------------------------------------------------------------------------------------------
+# ---- enqueue ---------------------------------------------------------------------------------------------------------
 
 
 def memory_of(tensor: torch.Tensor, name: str) -> bytes:
@@ -214,12 +273,52 @@ def memory_of(tensor: torch.Tensor, name: str) -> bytes:
     return padded.numpy().tobytes()
 
 
+FORMATS = ["linear_float", "linear_half", "hwc8_half"]
+# N, C, H, W, kernel_size, share
+CASES = [
+    (1, 4, 1, 1, 3, 4),
+    (2, 256, 13, 24, 3, 4),
+    (2, 3, 70, 264, 3, 1),
+    (1, 20, 9, 10, 3, 4),
+    (2, 5, 6, 5, 5, 5),
+]
+
+
+def check_enqueue(command: list[object], name: str, case: tuple[int, ...], folder: Path) -> None:
+    """Run `command`, a harness and its library, on random values in a format; compare with the reference in float64."""
+    n, channels, height, width, kernel_size, share = case
+    dtype = torch.float32 if name == "linear_float" else torch.float16
+    generator = torch.Generator().manual_seed(sum(case))
+    features = torch.randn(n, channels, height, width, generator=generator).to(dtype)
+    taps = torch.randn(n, channels * kernel_size**2 // share, height, width, generator=generator).to(dtype)
+    files = [folder / part for part in ("features", "taps", "output")]
+    files[0].write_bytes(memory_of(features, name))
+    files[1].write_bytes(memory_of(taps, name))
+    result = run(*command, name, *case, *files)
+    assert "FAIL" not in result.stdout
+    values = torch.frombuffer(bytearray(files[2].read_bytes()), dtype=dtype)
+    if name == "hwc8_half":
+        padded = values.view(n, height, width, -1)
+        assert bool((padded[..., channels:] == 0).all())
+        values = padded[..., :channels].permute(0, 3, 1, 2)
+    expected = dynamic_filter(features.double(), taps.double(), kernel_size, share)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(values.reshape(features.shape).double(), expected, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("built", [DECLARATIONS], ids=name_of, indirect=True)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_enqueue_on_the_cpu(built: Built, name: str, case: tuple[int, ...], tmp_path: Path) -> None:
+    """The creator's plugin through build, clone, plan and context to enqueue; the kernels are the ones that ship."""
+    check_enqueue([built.harness, built.loadable], name, case, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def gpu_harness(built: Built) -> Path:
     """The harness with the part that runs enqueue on a GPU."""
-    headers = next(folder for folder in HEADERS if version_of(folder) == built.version)
     harness = built.folder / "gpu_harness"
-    options = ["-std=c++17", "-DMISF_WITH_GPU", "-x", "cu", "-isystem", include_folder(headers)]
+    options = ["-std=c++17", "-DMISF_WITH_GPU", "-x", "cu", "-isystem", include_folder(built.headers)]
     run(cuda_home() / "bin" / "nvcc", *options, HERE / "harness.cpp", "-o", harness, "-ldl")
     return harness
 
@@ -235,34 +334,13 @@ def watched() -> list[str]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["linear_float", "linear_half", "hwc8_half"])
+@pytest.mark.parametrize("built", NVIDIAS, ids=name_of, indirect=True)
+@pytest.mark.parametrize("name", FORMATS)
 def test_enqueue_on_the_gpu(built: Built, gpu_harness: Path, name: str, tmp_path: Path) -> None:
     """Real buffers between guard zones, a CUDA graph, poisoned outputs; MISF_SANITIZER=1: under compute-sanitizer."""
     prefix = watched()
-    dtype = torch.float32 if name == "linear_float" else torch.float16
-    for case in (
-        (1, 4, 1, 1, 3, 4),
-        (2, 256, 13, 24, 3, 4),
-        (2, 3, 70, 264, 3, 1),
-        (1, 20, 9, 10, 3, 4),
-        (2, 5, 6, 5, 5, 5),
-    ):
-        n, channels, height, width, kernel_size, share = case
-        features = torch.randn(n, channels, height, width).to(dtype)
-        taps = torch.randn(n, channels * kernel_size**2 // share, height, width).to(dtype)
-        files = [tmp_path / part for part in ("features", "taps", "output")]
-        files[0].write_bytes(memory_of(features, name))
-        files[1].write_bytes(memory_of(taps, name))
-        result = run(*prefix, gpu_harness, built.loadable, name, *case, *files)
-        assert "FAIL" not in result.stdout
-        values = torch.frombuffer(bytearray(files[2].read_bytes()), dtype=dtype)
-        if name == "hwc8_half":
-            padded = values.view(n, height, width, -1)
-            assert bool((padded[..., channels:] == 0).all())
-            values = padded[..., :channels].permute(0, 3, 1, 2)
-        expected = dynamic_filter(features.double(), taps.double(), kernel_size, share)
-        rtol = 1e-5 if dtype == torch.float32 else 1e-3
-        torch.testing.assert_close(values.reshape(features.shape).double(), expected, rtol=rtol, atol=1e-5)
+    for case in CASES:
+        check_enqueue([*prefix, gpu_harness, built.loadable], name, case, tmp_path)
 
 
 # ---- TensorRT for RTX: a real parser loads the real library ---------------------------------------------------------
@@ -339,6 +417,7 @@ def test_tensorrt_for_rtx_creates_the_plugin(built: Built, tmp_path: Path) -> No
 # ---- misf-plugin ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_build_path_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """misf-plugin build with CMake, and everything that finds and describes what it made."""
     cuda_home()

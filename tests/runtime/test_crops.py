@@ -7,7 +7,6 @@ import pytest
 
 from misf.runtime.pictures.crops import ABOUT, Crop, chosen_strategy, plan_crops
 
-RNG = np.random.default_rng(5)
 Y, X = np.ogrid[:1500, :2000]
 
 
@@ -20,6 +19,11 @@ def _with(*boxes: tuple[int, int, int, int]) -> np.ndarray:
     for top, left, height, width in boxes:
         mask[top : top + height, left : left + width] = True
     return mask
+
+
+def _noise(height: int, width: int, share: float) -> np.ndarray:
+    noise: np.ndarray = np.random.default_rng(5).random((height, width)) < share
+    return noise
 
 
 def _checked(mask: np.ndarray, **settings: object) -> list[Crop]:
@@ -40,9 +44,9 @@ def _checked(mask: np.ndarray, **settings: object) -> list[Crop]:
     [
         pytest.param(np.ones((1, 1), np.bool_), id="one pixel"),
         pytest.param(np.ones((5, 7), np.bool_), id="5x7, full"),
-        pytest.param(RNG.random((257, 391)) < 0.2, id="257x391, noise"),
-        pytest.param(RNG.random((1500, 2000)) < 0.0005, id="specks"),
-        pytest.param(RNG.random((1500, 2000)) < 0.1, id="dense noise"),
+        pytest.param(_noise(257, 391, 0.2), id="257x391, noise"),
+        pytest.param(_noise(1500, 2000, 0.0005), id="specks"),
+        pytest.param(_noise(1500, 2000, 0.1), id="dense noise"),
         pytest.param(np.abs(Y - X) < 5, id="diagonal wire"),
         pytest.param((Y - 700) ** 2 + (X - 900) ** 2 < 600**2, id="large disc"),
         pytest.param(((Y - 700) ** 2 + (X - 900) ** 2 < 400**2) | (np.abs(Y - X) < 5), id="disc on a wire"),
@@ -96,9 +100,9 @@ def test_a_wire_on_a_blob_is_walked_though_the_blob_is_seen_reduced() -> None:
     assert len(crops) >= 4
 
 
-def test_five_hundred_holes_do_not_make_five_hundred_crops() -> None:
+def test_five_hundred_holes_do_not_make_five_hundred_crops(rng: np.random.Generator) -> None:
     mask = _empty(4000, 6000)
-    for top, left in zip(RNG.integers(0, 3980, 500), RNG.integers(0, 5980, 500), strict=True):
+    for top, left in zip(rng.integers(0, 3980, 500), rng.integers(0, 5980, 500), strict=True):
         mask[top : top + 20, left : left + 20] = True
     assert len(_checked(mask)) < 130  # 94 squares of 512 cover the picture
 

@@ -19,7 +19,6 @@ from misf.runtime.pictures.geometry import Box
 from misf.runtime.pictures.image_io import open_mask, open_picture, output_format
 from misf.runtime.pictures.masks import check_mask, mask_from_array, mask_from_image, resized_mask
 
-RNG = np.random.default_rng(11)
 HEIGHT, WIDTH = 24, 40
 BOX = Box(4, 6, 20, 16)
 HOLE = np.zeros((HEIGHT, WIDTH), np.bool_)
@@ -31,7 +30,8 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 def _rgb(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
     """A smooth picture with some noise, so that JPEG keeps it."""
     y, x = np.mgrid[:height, :width]
-    planes = np.stack([x * 5, y * 9, (x + y) * 3], axis=-1) + RNG.integers(0, 12, (height, width, 3))
+    rng = np.random.default_rng([height, width])
+    planes = np.stack([x * 5, y * 9, (x + y) * 3], axis=-1) + rng.integers(0, 12, (height, width, 3))
     return Image.fromarray(np.clip(planes, 0, 255).astype(np.uint8))
 
 
@@ -58,11 +58,13 @@ def _loaded(path: Path) -> Image.Image:
         *((".webp", mode) for mode in ("RGB", "RGBA")),  # WebP has no grey
     ],
 )
-def test_lossless_formats_keep_mode_and_known_pixels(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_lossless_formats_keep_mode_and_known_pixels(
+    tmp_path: Path, mode: str, suffix: str, rng: np.random.Generator
+) -> None:
     path = tmp_path / f"in{suffix}"
     image = _rgb().convert(mode)
     if mode in ("LA", "RGBA"):
-        image.putalpha(Image.fromarray(RNG.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)))
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)))
     image.save(path, **({"lossless": True, "exact": True} if suffix == ".webp" else {}))
     result = _loaded(_fill(path))
     assert result.mode == mode
@@ -84,8 +86,10 @@ def test_a_palette_becomes_rgb_with_the_same_colours(tmp_path: Path, transparent
     np.testing.assert_array_equal(np.array(result.convert("RGBA"))[~HOLE], np.array(before)[~HOLE])
 
 
-def test_a_gif_keeps_its_palette_and_never_fills_with_the_transparent_colour(tmp_path: Path) -> None:
-    image = Image.fromarray(RNG.integers(0, 3, (HEIGHT, WIDTH), dtype=np.uint8))
+def test_a_gif_keeps_its_palette_and_never_fills_with_the_transparent_colour(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    image = Image.fromarray(rng.integers(0, 3, (HEIGHT, WIDTH), dtype=np.uint8))
     image.putpalette([0, 0, 0, 255, 128, 0, 250, 120, 10])
     image.save(tmp_path / "in.gif", transparency=1)
     before = np.array(_loaded(tmp_path / "in.gif").convert("RGBA"))
@@ -95,8 +99,8 @@ def test_a_gif_keeps_its_palette_and_never_fills_with_the_transparent_colour(tmp
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, channels: int) -> None:
-    pixels = RNG.integers(0, 65536, (HEIGHT, WIDTH, channels), dtype=np.uint16)
+def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, channels: int, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 65536, (HEIGHT, WIDTH, channels), dtype=np.uint16)
     plain = io.BytesIO()
     Image.new("L", (1, 1)).save(plain, "PNG", dpi=(300, 300), icc_profile=SRGB)
     (tmp_path / "in.png").write_bytes(png16.encode(pixels, like=plain.getvalue()))
@@ -112,8 +116,8 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, channels: int) -> None:
     assert round(info["dpi"][0]) == 300
 
 
-def test_sixteen_bit_grey_is_what_pillow_reads(tmp_path: Path) -> None:
-    pixels = RNG.integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16)
+def test_sixteen_bit_grey_is_what_pillow_reads(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 65536, (HEIGHT, WIDTH), dtype=np.uint16)
     for suffix in (".png", ".tif"):
         Image.fromarray(pixels).save(tmp_path / f"in{suffix}")
         result = np.array(_loaded(_fill(tmp_path / f"in{suffix}")))
@@ -121,8 +125,10 @@ def test_sixteen_bit_grey_is_what_pillow_reads(tmp_path: Path) -> None:
         np.testing.assert_array_equal(result[~HOLE], pixels[~HOLE])
 
 
-def test_sixteen_bits_are_reduced_with_a_warning_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pixels = RNG.integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+def test_sixteen_bits_are_reduced_with_a_warning_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rng: np.random.Generator
+) -> None:
+    pixels = rng.integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
     plain = io.BytesIO()
     Image.new("L", (1, 1)).save(plain, "PNG")
     path = tmp_path / "in.png"
@@ -134,8 +140,8 @@ def test_sixteen_bits_are_reduced_with_a_warning_or_refused(tmp_path: Path, capl
         _fill(path, tmp_path / "out.bmp")
 
 
-def test_a_deep_tiff_is_refused(tmp_path: Path) -> None:
-    Image.fromarray(RNG.random((4, 4)).astype(np.float32)).save(tmp_path / "in.tif")
+def test_a_deep_tiff_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.random((4, 4)).astype(np.float32)).save(tmp_path / "in.tif")
     with pytest.raises(ValueError, match="cannot be kept: convert it"):
         open_picture(tmp_path / "in.tif")
     (tmp_path / "rgb16.tif").write_bytes(_rgb16_tiff())
@@ -177,8 +183,8 @@ def test_cmyk_jpeg_stays_cmyk_and_becomes_rgb_in_a_png(tmp_path: Path, caplog: p
     assert "CMYK, which PNG cannot hold" in caplog.text
 
 
-def test_cmyk_tiff_keeps_every_known_byte(tmp_path: Path) -> None:
-    pixels = RNG.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+def test_cmyk_tiff_keeps_every_known_byte(tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
     Image.fromarray(pixels, "CMYK").save(tmp_path / "in.tif", compression="tiff_lzw")
     after = _loaded(_fill(tmp_path / "in.tif"))
     assert after.mode == "CMYK"
@@ -206,12 +212,12 @@ def test_exif_orientation_is_filled_as_displayed(tmp_path: Path, orientation: in
         assert _loaded(output).size == _loaded(path).size
 
 
-def test_sixteen_bit_orientation(tmp_path: Path) -> None:
+def test_sixteen_bit_orientation(tmp_path: Path, rng: np.random.Generator) -> None:
     for orientation in range(1, 9):
         stored = (WIDTH, HEIGHT) if orientation >= 5 else (HEIGHT, WIDTH)
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(RNG.integers(0, 65536, stored, dtype=np.uint16)).save(tmp_path / "in.png", exif=exif)
+        Image.fromarray(rng.integers(0, 65536, stored, dtype=np.uint16)).save(tmp_path / "in.png", exif=exif)
         before, after = _as_displayed(tmp_path / "in.png"), _as_displayed(_fill(tmp_path / "in.png"))
         np.testing.assert_array_equal(after[~HOLE], before[~HOLE])
         assert np.ptp(after[HOLE]) == 0
@@ -342,7 +348,7 @@ def test_alpha_as_mask(caplog: pytest.LogCaptureFixture) -> None:
     [
         (np.zeros((HEIGHT, WIDTH), np.bool_), "the mask is empty"),
         (np.ones((HEIGHT, WIDTH), np.bool_), "covers the whole picture"),
-        (RNG.random((HEIGHT, WIDTH)) < 0.9, "is it inverted"),
+        (np.random.default_rng(11).random((HEIGHT, WIDTH)) < 0.9, "is it inverted"),
     ],
 )
 def test_suspicious_masks_are_told(mask: np.ndarray, message: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -366,8 +372,8 @@ def test_masks_of_another_size_or_type() -> None:
 # Canvases
 
 
-def test_a_canvas_reads_grey_thrice_and_resizes_by_area() -> None:
-    grey = RNG.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+def test_a_canvas_reads_grey_thrice_and_resizes_by_area(rng: np.random.Generator) -> None:
+    grey = rng.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
     for canvas in (ArrayCanvas(grey), PillowCanvas(Image.fromarray(grey))):
         part = canvas.read(BOX, BOX.size)
         assert part.dtype == np.float32

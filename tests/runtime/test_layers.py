@@ -151,12 +151,10 @@ def test_the_layer_with_wrong_weights_is_named(
     assert table.exit_code == 3
 
 
-def test_float16_that_overflows_is_found_where_it_starts(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from misf.export.exporter import export_onnx
-    from misf.training.model.checkpoint import load_checkpoint
-
-    source = tmp_path / "fp16.onnx"
-    export_onnx(load_checkpoint(tiny_checkpoint), source, "fp16")
+def test_float16_that_overflows_is_found_where_it_starts(
+    tiny_checkpoint: Path, tiny_fp16: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source, _report = tiny_fp16
     weight = "prediction.down.1.0.weight"
     (tensor,) = (tensor for tensor in onnx.load(source).graph.initializer if tensor.name.startswith(weight))
     largest = float(np.abs(numpy_helper.to_array(tensor)).max())

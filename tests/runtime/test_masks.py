@@ -63,13 +63,12 @@ def test_the_generator_alone_decides() -> None:
 
 
 def test_a_mask_takes_milliseconds() -> None:
+    """Of processor time, which other work on the machine does not count into; measured 1 ms."""
     rng = np.random.default_rng(3)
-    durations = []
+    start = time.process_time()
     for _ in range(200):
-        start = time.perf_counter()
         random_mask(rng, 128, 128)
-        durations.append(time.perf_counter() - start)
-    assert np.median(durations) < 0.01  # measured 0.001; this machine may be busy
+    assert time.process_time() - start < 200 * 0.01
 
 
 @pytest.mark.parametrize("band", [(0.5, 0.5), (0.4, 0.2), (-0.1, 0.2), (0.5, 1.1), (0.01, 0.02)])

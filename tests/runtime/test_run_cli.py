@@ -24,7 +24,6 @@ from misf.runtime.run_cli import main
 
 from ..support.tiny_models import constant_fill, foreign, mean_fill
 
-RNG = np.random.default_rng(17)
 SHAPE = (60, 80)
 HOLE = np.zeros(SHAPE, np.bool_)
 HOLE[10:30, 20:50] = True
@@ -47,7 +46,7 @@ def _on_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _picture(path: Path, shape: tuple[int, int] = SHAPE, **options: Any) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(list(path.name.encode())).integers(0, 256, (*shape, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
     return pixels
 
@@ -296,8 +295,8 @@ def test_an_empty_mask_gives_the_very_file_and_a_full_one_a_warning(model: Path,
     assert "warning: the mask covers the whole picture" in full.stderr
 
 
-def test_transparent_parts_as_holes_become_opaque(model: Path, tmp_path: Path) -> None:
-    pixels = np.dstack([RNG.integers(0, 256, (*SHAPE, 3), dtype=np.uint8), np.where(HOLE, 0, 200).astype(np.uint8)])
+def test_transparent_parts_as_holes_become_opaque(model: Path, tmp_path: Path, rng: np.random.Generator) -> None:
+    pixels = np.dstack([rng.integers(0, 256, (*SHAPE, 3), dtype=np.uint8), np.where(HOLE, 0, 200).astype(np.uint8)])
     Image.fromarray(pixels).save(tmp_path / "cut.png")
     result = _run(model, tmp_path / "cut.png", "--mask-from-alpha")
     assert result.exit_code == 0, result.stderr

@@ -74,6 +74,13 @@ bool readAttributes(PluginFieldCollection const& fields, Attributes& attributes)
     return true;
 }
 
+bool isServed(PluginTensorDesc const& tensor) noexcept
+{
+    return (tensor.format == TensorFormat::kLINEAR
+               && (tensor.type == DataType::kFLOAT || tensor.type == DataType::kHALF))
+        || (tensor.format == TensorFormat::kHWC8 && tensor.type == DataType::kHALF);
+}
+
 bool fitsInt(int64_t value) noexcept { return value >= 0 && value <= std::numeric_limits<int32_t>::max(); }
 
 } // namespace
@@ -184,9 +191,7 @@ bool DynamicFilterPlugin::supportsFormatCombination(
     PluginTensorDesc const& tensor = inOut[pos].desc;
     if (pos > 0)
         return tensor.type == inOut[0].desc.type && tensor.format == inOut[0].desc.format;
-    return (tensor.format == TensorFormat::kLINEAR
-               && (tensor.type == DataType::kFLOAT || tensor.type == DataType::kHALF))
-        || (tensor.format == TensorFormat::kHWC8 && tensor.type == DataType::kHALF);
+    return isServed(tensor);
 }
 
 // Before enqueue whenever a size changed; sizes are now all known.
@@ -217,9 +222,9 @@ int32_t DynamicFilterPlugin::onShapeChange(
         return -1;
     for (PluginTensorDesc const& tensor : {in[0], in[1], out[0]})
     {
-        if (tensor.type != in[0].type || tensor.format != in[0].format)
+        if (tensor.type != in[0].type || tensor.format != in[0].format || !isServed(tensor))
         {
-            logError("features, taps and output must have one type and format");
+            logError("features, taps and output must all be linear float, linear half or HWC8 half");
             return -1;
         }
     }

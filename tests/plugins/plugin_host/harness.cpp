@@ -1,7 +1,8 @@
 // Drives the plugin library as TensorRT would, without TensorRT: harness LIBRARY [FAKE_NVINFER].
 //
 // Prints one line per check and returns the number of failed ones. With a fake libnvinfer the errors must arrive at its
-// logger, without at stderr. Compiled by nvcc with -DMISF_WITH_GPU it also runs enqueue on real buffers, see main.
+// logger, without at stderr. With more arguments it runs enqueue on real buffers instead: on the GPU where nvcc
+// compiled this with -DMISF_WITH_GPU (on_gpu.h), on the CPU with a library whose kernels run there (on_cpu.h).
 #include <NvInferRuntime.h>
 
 #include <cstdio>
@@ -75,6 +76,24 @@ Plugin make(IPluginCreatorV3One& creator, int32_t kernelSize, int32_t share)
     return make(creator,
         {PluginField("kernel_size", &kernelSize, PluginFieldType::kINT32, 1),
             PluginField("share", &share, PluginFieldType::kINT32, 1)});
+}
+
+// Writes a plugin into a plan, destroys it, and makes the one that an engine loads from the plan. TensorRT copies names
+// and data; here into memory of our own, before the plugin goes.
+Plugin reload(IPluginCreatorV3One& creator, Plugin plugin)
+{
+    PluginFieldCollection const* const fields = Parts(*plugin).run->getFieldsToSerialize();
+    std::vector<std::pair<std::string, std::vector<char>>> plan;
+    for (int32_t i = 0; i < fields->nbFields; ++i)
+    {
+        auto const* const bytes = static_cast<char const*>(fields->fields[i].data);
+        plan.emplace_back(fields->fields[i].name, std::vector<char>(bytes, bytes + sizeof(int32_t)));
+    }
+    plugin.reset();
+    std::vector<PluginField> restored;
+    for (auto const& [name, bytes] : plan)
+        restored.emplace_back(name.c_str(), bytes.data(), PluginFieldType::kINT32, 1);
+    return make(creator, restored, TensorRTPhase::kRUNTIME);
 }
 
 PluginTensorDesc tensor(std::vector<int64_t> const& dims, DataType type, TensorFormat format)
@@ -227,20 +246,10 @@ void checkSerialisation(IPluginCreatorV3One& creator)
 {
     Plugin first = make(creator, 5, 5);
     PluginFieldCollection const* const fields = Parts(*first).run->getFieldsToSerialize();
-    // TensorRT copies names and data into the plan; here into memory of our own, before the plugin goes.
-    std::vector<std::pair<std::string, std::vector<char>>> plan;
     for (int32_t i = 0; i < fields->nbFields; ++i)
-    {
-        PluginField const& field = fields->fields[i];
-        check(field.type == PluginFieldType::kINT32 && field.length == 1, "a serialised field is one int32");
-        auto const* const bytes = static_cast<char const*>(field.data);
-        plan.emplace_back(field.name, std::vector<char>(bytes, bytes + 4));
-    }
-    first.reset();
-    std::vector<PluginField> restored;
-    for (auto const& [name, bytes] : plan)
-        restored.emplace_back(name.c_str(), bytes.data(), PluginFieldType::kINT32, 1);
-    Plugin second = make(creator, restored, TensorRTPhase::kRUNTIME);
+        check(fields->fields[i].type == PluginFieldType::kINT32 && fields->fields[i].length == 1,
+            "a serialised field is one int32");
+    Plugin second = reload(creator, std::move(first));
     check(second != nullptr && timedAs(*Parts(*second).build, "kernel_size=5,share=5"),
         "what was serialised makes the same plugin");
 
@@ -275,6 +284,11 @@ void checkRuntime(IPluginCreatorV3One& creator)
     check(change({1, 8, 5, 7}, {1, 18, 5, 7}, DataType::kHALF, TensorFormat::kHWC8) == 0, "sizes in HWC8");
     check(change({1, 8, 5, 7}, {1, 18, 7, 5}, DataType::kFLOAT, kLINEAR) != 0, "taps of another height are refused");
     check(change({1, 8, 5, 7}, {1, 72, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "taps of another count are refused");
+    check(change({1, 8, 5, 7}, {1, 18, 5, 7}, DataType::kINT8, kLINEAR) != 0, "int8 is refused");
+    check(change({1, 8, 5, 7}, {1, 18, 5, 7}, DataType::kFLOAT, TensorFormat::kHWC8) != 0, "HWC8 float is refused");
+    PluginTensorDesc const mixed[] = {tensor({1, 8, 5, 7}, DataType::kFLOAT, kLINEAR),
+        tensor({1, 18, 5, 7}, DataType::kHALF, kLINEAR)};
+    check(run.onShapeChange(mixed, 2, mixed, 1) != 0, "two types are refused");
     check(change({1, 8, 5, -1}, {1, 18, 5, -1}, DataType::kFLOAT, kLINEAR) != 0, "unknown sizes are refused");
     check(
         change({1LL << 32, 8, 5, 7}, {1LL << 32, 18, 5, 7}, DataType::kFLOAT, kLINEAR) != 0, "2^32 images are refused");
@@ -283,6 +297,13 @@ void checkRuntime(IPluginCreatorV3One& creator)
     check(change({0, 8, 5, 7}, {0, 18, 5, 7}, DataType::kFLOAT, kLINEAR) == 0
             && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) == 0,
         "nothing to do is done");
+    Plugin const copy(plugin->clone());
+    check(Parts(*copy).run->enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) == 0,
+        "a clone knows the sizes of the original");
+    int64_t const large = 1 << 30;
+    check(change({large, 4, large, large}, {large, 9, large, large}, DataType::kHALF, kLINEAR) == 0
+            && run.enqueue(nullptr, nullptr, inputs, outputs, nullptr, nullptr) != 0,
+        "more than a grid holds is an error");
 #ifndef MISF_WITH_GPU
     float memory[72] = {};
     inputs[0] = inputs[1] = outputs[0] = memory;
@@ -296,6 +317,8 @@ void checkRuntime(IPluginCreatorV3One& creator)
 
 #ifdef MISF_WITH_GPU
 #include "on_gpu.h"
+#else
+#include "on_cpu.h"
 #endif
 
 int main(int argc, char** argv)
@@ -320,10 +343,8 @@ int main(int argc, char** argv)
     IPluginCreatorInterface* const* const creators = getCreators(count);
     check(count == 1, "one creator");
     auto& creator = static_cast<IPluginCreatorV3One&>(*creators[0]);
-#ifdef MISF_WITH_GPU
     if (argc > 3)
-        return runOnGpu(creator, argv + 2);
-#endif
+        return runOnBuffers(creator, argv + 2);
     checkCreator(creator);
     checkBadFields(creator);
     checkBuild(creator);

@@ -57,7 +57,7 @@ std::vector<char> contents(char const* path)
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-int runOnGpu(IPluginCreatorV3One& creator, char** arguments)
+int runOnBuffers(IPluginCreatorV3One& creator, char** arguments)
 {
     std::string const name = arguments[0];
     int64_t size[6];
