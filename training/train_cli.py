@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from .dataset import TrainingSamples
     from .efficientnet import FeatureDistance
-    from .losses import Vgg19
     from .resident import ResidentSamples
     from .run_files import RunFolder
+    from .vgg19 import Vgg19
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def _samples(
 def _vgg(settings: dict[str, Any], recipe: TrainingConfig) -> Vgg19 | None:
     if not recipe.needs_vgg:
         return None
-    from .losses import load_vgg19
+    from .vgg19 import load_vgg19
 
     return load_vgg19(settings["vgg19"])
 

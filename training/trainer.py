@@ -33,6 +33,7 @@ from .optimizers import make_optimizers
 from .recipe import TrainingConfig
 from .resident import ResidentSamples
 from .run_files import RunFolder, RunLog
+from .vgg19 import VGG19_SOURCE, Vgg19
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +119,14 @@ class Trainer:
         config: TrainingConfig,
         fabric: Fabric,
         *,
-        vgg: losses.Vgg19 | None = None,
+        vgg: Vgg19 | None = None,
         distance: FeatureDistance | None = None,
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         if config.needs_vgg and vgg is None:
-            raise MisfError(f"the recipe compares VGG-19 features: give {losses.VGG19_SOURCE} with --vgg19")
+            raise MisfError(f"the recipe compares VGG-19 features: give {VGG19_SOURCE} with --vgg19")
+        if config.seconds and fabric.world_size > 1:
+            raise MisfError("a schedule by the clock (seconds) is for one process: give --steps instead")
         if config.distance and distance is None:
             raise MisfError("the recipe has a feature distance: give --perceptual-backbone")
         self.config, self.fabric, self.step = config, fabric, 0
@@ -330,7 +333,8 @@ class Trainer:
         state = {
             "config": self.config.to_json(),
             "step": self.step,
-            "elapsed_s": self.elapsed_s,
+            # Of use to a schedule by the clock alone; all else of a state is a function of the step.
+            "elapsed_s": self.elapsed_s if self.config.seconds else 0.0,
             "generator": self.generator.module.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from misf.plugins.shared.errors import MisfError
-from misf.training import losses
+from misf.training import losses, vgg19
 from misf.training.discriminator import PatchDiscriminator
 
 
@@ -147,8 +147,8 @@ def torchvision_state() -> dict[str, Tensor]:
 
 def test_vgg19_features_are_those_of_torchvisions_layers() -> None:
     state = torchvision_state()
-    vgg = losses.Vgg19()
-    vgg.load_state_dict(losses.vgg19_weights(state))
+    vgg = vgg19.Vgg19()
+    vgg.load_state_dict(vgg19.vgg19_weights(state))
     image = torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(1))
     x = (image - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     # torchvision's features in order: convolution and ReLU count two, a pool one.
@@ -175,13 +175,13 @@ def test_vgg19_features_are_those_of_torchvisions_layers() -> None:
 
 def test_vgg19_file_is_checked_by_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MisfError, match=r"vgg19-dcbb9e9d\.pth"):
-        losses.load_vgg19(tmp_path / "missing.pth")
+        vgg19.load_vgg19(tmp_path / "missing.pth")
     path = tmp_path / "vgg19.pth"
     torch.save(torchvision_state(), path)
     with pytest.raises(MisfError, match="expected dcbb9e9d: damaged, or another file"):
-        losses.load_vgg19(path)
-    monkeypatch.setattr(losses, "VGG19_DIGEST", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
-    vgg = losses.load_vgg19(path)
+        vgg19.load_vgg19(path)
+    monkeypatch.setattr(vgg19, "VGG19_DIGEST", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    vgg = vgg19.load_vgg19(path)
     assert not any(parameter.requires_grad for parameter in vgg.parameters())
 
 

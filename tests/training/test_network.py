@@ -13,7 +13,6 @@ import torch
 from misf.training import PRESETS, NetworkConfig, load_model
 from misf.training.model.config import FILL_MULTIPLE
 from misf.training.model.network import (
-    EdgeContinuation,
     InpaintingNetwork,
     InstanceNorm,
     composite,
@@ -21,8 +20,8 @@ from misf.training.model.network import (
     network_input,
     norm_in_layout,
     reflect_to,
-    smooth_fill,
 )
+from misf.training.model.smooth_fill import EdgeContinuation, smooth_fill
 
 from .golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
 

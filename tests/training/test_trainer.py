@@ -26,13 +26,13 @@ from misf.plugins.shared.errors import MisfError
 from misf.training import PRESETS, NetworkConfig, load_model
 from misf.training import train_cli as cli
 from misf.training.dataset import Pictures, TrainingSamples, picture_paths
-from misf.training.losses import Vgg19
 from misf.training.mask_drawing import RandomMasks
 from misf.training.model.network import composite
 from misf.training.recipe import ABLATIONS, RECIPES, TrainingConfig
 from misf.training.run_files import RunFolder
 from misf.training.train_cli import main
 from misf.training.trainer import StepSampler, Trainer, make_fabric, train
+from misf.training.vgg19 import Vgg19
 
 TINY = NetworkConfig(width=4, prediction_width=4, prediction_convs=1, residual_dilations=(2,))
 QUICK = ["--config", "misf-tiny", "--crop", "32", "--batch", "2", "--log-every", "1", "--save-every", "3"]
@@ -346,7 +346,7 @@ def test_switches_of_the_recipe_reach_the_samples(photographs: Path, tmp_path: P
         settings = RunFolder(output).read_settings()
         recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
         assert recipe.shuffle_colors is shuffled
-        assert cli._samples(settings, recipe).shuffle_colors is shuffled
+        assert cli._samples(settings, recipe, "cpu", 0).shuffle_colors is shuffled
 
 
 def invoke(*arguments: str | Path) -> Any:

@@ -7,15 +7,24 @@ makes both sets of taps, looking at the filtering branch's features on its way (
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...plugins.dynamic_filter.op import dynamic_filter
 from .config import NetworkConfig
+from .smooth_fill import (
+    EDGE_PRIOR,
+    PRIOR,
+    EdgeContinuation,
+    coarse_fill,
+    completed,
+    enlarge,
+    full_precision,
+    near_known,
+    shrunken,
+    smooth_fill,
+)
 
 
 class InstanceNorm(nn.Module):
@@ -94,7 +103,7 @@ class JoiningBlock(ConvBlock):
 
     def forward(self, x: Tensor, smaller: Tensor) -> Tensor:  # type: ignore[override]
         """Return N,K,H,W for x N,C,H,W and N,D,H/factor,W/factor."""
-        y = torch.cat([x, _enlarge(smaller, self.factor)], dim=1)
+        y = torch.cat([x, enlarge(smaller, self.factor)], dim=1)
         for layer in self:
             y = layer(y)
         return y
@@ -123,12 +132,6 @@ class PredictionBranch(nn.Module):
         x = self.up3(quarter, self.down[3](quarter))
         taps: Tensor = self.image_taps(self.up1(full, self.up2(half, x)))
         return taps
-
-
-def _enlarge(x: Tensor, factor: int) -> Tensor:
-    if factor == 1:
-        return x
-    return F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
 
 
 class InpaintingNetwork(nn.Module):
@@ -188,7 +191,7 @@ class InpaintingNetwork(nn.Module):
             y = F.avg_pool2d(y, scale)
         # What the layers change in the filled picture; zero at the start of training.
         change = self.filtered(y, y[:, :3])[0] - y[:, :3]
-        continued: Tensor = self.edges(x, filled + _enlarge(change, scale))
+        continued: Tensor = self.edges(x, filled + enlarge(change, scale))
         return continued.clamp(0, 1)
 
     def _detailed(self, x: Tensor) -> Tensor:
@@ -198,14 +201,14 @@ class InpaintingNetwork(nn.Module):
         of it at half and at full resolution, and the head adds what only full resolution can show.
         """
         assert self.detail is not None
-        with _full_precision(x):
-            known = _shrunken(x, 2)
-            quarter = _completed(known[2], coarse_fill(known[2]))
+        with full_precision(x):
+            known = shrunken(x, 2)
+            quarter = completed(known[2], coarse_fill(known[2]))
         picture, features = self.filtered(self.detail.with_noise(quarter), quarter[:, :3])
-        with _full_precision(x):
-            estimate = _near_known(known[1], _enlarge(picture.float(), 2), _PRIOR, twice=True)
-            half = _completed(known[1], estimate)
-            full = _completed(known[0], _near_known(known[0], _enlarge(estimate, 2), _EDGE_PRIOR))
+        with full_precision(x):
+            estimate = near_known(known[1], enlarge(picture.float(), 2), PRIOR, twice=True)
+            half = completed(known[1], estimate)
+            full = completed(known[0], near_known(known[0], enlarge(estimate, 2), EDGE_PRIOR))
         detailed: Tensor = full[:, :3] + self.detail(features, half, full)
         return detailed.clamp(0, 1)
 
@@ -259,81 +262,6 @@ def network_input(image: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([torch.where(hole, 0.0, image), hole.to(image.dtype)], dim=1)
 
 
-def smooth_fill(x: Tensor) -> Tensor:
-    """Return the picture N,3,H,W of a network input N,4,H,W with its holes filled by wide to narrow local averages.
-
-    Normalised convolution: every scale averages the known pixels within its reach, and keeps the wider scale's
-    estimate where it sees few of them. Wide scales work on a smaller picture. H and W must be multiples of 16.
-    """
-    known = _shrunken(x, 2)
-    estimate = coarse_fill(known[2])
-    for nearby in (known[1], known[0]):
-        estimate = _near_known(nearby, _enlarge(estimate, 2), _PRIOR, twice=True)
-    estimate = _near_known(known[0], estimate, _EDGE_PRIOR)  # the hole's outermost pixels follow their neighbours
-    return x[:, :3] + x[:, 3:] * estimate
-
-
-def coarse_fill(known: Tensor) -> Tensor:
-    """Return the smooth estimate N,3,h,w of a picture from N,4,h,w: known colours, 0 elsewhere, and the known share.
-
-    The scales from a quarter of h and w up; both must be multiples of 4.
-    """
-    mean = known.mean(dim=(2, 3), keepdim=True)
-    estimate = (mean[:, :3] + 0.5 * _LITTLE) / (mean[:, 3:] + _LITTLE)
-    half = F.avg_pool2d(known, 2)
-    quarter = F.avg_pool2d(half, 2)
-    for size in _FILL_SIZES:
-        nearby = _wide_box(_wide_box(quarter, size), size)  # two boxes make a tent: no visible edges
-        estimate = (nearby[:, :3] + _PRIOR * estimate) / (nearby[:, 3:] + _PRIOR)
-    for nearby in (half, known):
-        estimate = _near_known(nearby, _enlarge(estimate, 2), _PRIOR, twice=True)
-    return estimate
-
-
-_FILL_SIZES = (17, 9, 5, 3)  # of the boxes at the smallest scale; at the others 3
-_PRIOR, _EDGE_PRIOR = 0.02, 0.1  # the wider estimate counts like this share of known pixels
-_LITTLE = 1e-3  # a picture without any known pixel becomes grey
-
-
-def _shrunken(x: Tensor, times: int) -> list[Tensor]:
-    """Return N,4,H,W of known colours, 0 in holes, and the known share, at full resolution and `times` halved."""
-    known = [torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)]
-    for _ in range(times):
-        known.append(F.avg_pool2d(known[-1], 2))
-    return known
-
-
-def _completed(known: Tensor, estimate: Tensor) -> Tensor:
-    """Return N,4,H,W: the picture, known colours where there are any and else `estimate` N,3,H,W, and the mask."""
-    mask = 1 - known[:, 3:]
-    return torch.cat([known[:, :3] + mask * estimate, mask], dim=1)
-
-
-def _near_known(known: Tensor, estimate: Tensor, prior: float, twice: bool = False) -> Tensor:
-    """Return `estimate` N,3,H,W drawn to the mean of the known pixels (N,4,H,W) in 3x3, or in a tent of 5x5."""
-    nearby = _box(_box(known)) if twice else _box(known)
-    result: Tensor = (nearby[:, :3] + prior * estimate) / (nearby[:, 3:] + prior)
-    return result
-
-
-def _box(x: Tensor) -> Tensor:
-    """Return the means of N,4,H,W over 3x3, 0 beyond the border: a convolution, which is what runtimes are fast at."""
-    weight = torch.eye(4, dtype=x.dtype, device=x.device)[:, :, None, None].expand(4, 4, 3, 3) / 9
-    return F.conv2d(x, weight, padding=1)
-
-
-def _wide_box(x: Tensor, size: int) -> Tensor:
-    x = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0))
-    return F.avg_pool2d(x, (1, size), stride=1, padding=(0, size // 2))
-
-
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return a context without autocast; none where there is no autocast, for the exporter would make it a subgraph."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class Detail(nn.Module):
     """The head that adds detail at full resolution; its features come from a quarter, by way of half, of it.
 
@@ -371,9 +299,9 @@ class Detail(nn.Module):
             half, full: N,4,H/2,W/2 and N,4,H,W: the picture as filled so far, and the mask.
 
         """
-        y = _enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
+        y = enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
         # Sums without a bias, which could silence them, keep ReLU: ONNX Runtime leaves its layout for a leaky one.
-        y = _enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
+        y = enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
         y = F.relu(self.full_view(self.with_noise(full)) + y)
         result: Tensor = self.last(_rectified(self.at_full(y), LEAK))
         return result
@@ -386,72 +314,6 @@ def _noise(side: int) -> Tensor:
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     x = x ^ (x >> 16)
     return (x.double() / 2**31 - 1).float().reshape(1, 1, side, side)
-
-
-class EdgeContinuation(nn.Module):
-    """Corrects a prediction near the edges of holes so that it continues the slopes of the known pixels there.
-
-    A plane is fitted around every pixel to the known pixels in reach, by least squares with Gaussian weights; the
-    prediction is one more observation in the middle, of weight `prior`, and `ridge` keeps the slope small. That is
-    normalised convolution of first order (Knutsson and Westin 1993); no more than the planes' moments are convolved.
-    Out of reach of known pixels the prediction stays as it is. Nothing here is trained.
-    """
-
-    PLANES = ((7, 1.7, 0.01, 0.7), (5, 0.8, 0.02, 0.4))
-    """Size and sigma of the window in pixels, prior, ridge in square pixels; one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for index, (size, sigma, _, _) in enumerate(self.PLANES):
-            down, across = _moment_kernels(size, sigma)
-            self.register_buffer(f"down{index}", down, persistent=False)
-            self.register_buffer(f"across{index}", across, persistent=False)
-
-    def forward(self, x: Tensor, prediction: Tensor) -> Tensor:
-        """Return N,3,H,W float32 for a network input N,4,H,W and a prediction N,3,H,W, all on one scale of colours."""
-        with _full_precision(x):
-            known = torch.cat([x[:, :3], 1 - x[:, 3:]], dim=1)
-            for index in range(len(self.PLANES)):
-                share, rest = self._planes(known, index)
-                prediction = share * prediction + rest
-            return prediction
-
-    @torch.no_grad()  # nothing here is asked for gradients, and oneDNN has faster convolutions for that
-    def _planes(self, known: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Return the planes' values in the middle: share N,1,H,W x the prediction there + rest N,3,H,W."""
-        _, _, prior, ridge = self.PLANES[index]
-        down, across = self.get_buffer(f"down{index}"), self.get_buffer(f"across{index}")
-        side = down.shape[2] // 2
-        moments = F.conv2d(F.conv2d(known, down, padding=(side, 0)), across, padding=(0, side))
-        total = moments[:, 9:10] + prior
-        colour, colour_x, colour_y, _, x1, y1, xx, xy, yy = torch.split(moments / total, [3, 3, 3, 1, 1, 1, 1, 1, 1], 1)
-        xx, xy, yy = xx - x1 * x1 + ridge, xy - x1 * y1, yy - y1 * y1 + ridge  # the variances of the positions
-        determinant = xx * yy - xy * xy
-        along_x, along_y = (yy * x1 - xy * y1) / determinant, (xx * y1 - xy * x1) / determinant
-        # The mean of all observations, less the slope times the distance (x1, y1) of their mean position.
-        in_mean = 1 + along_x * x1 + along_y * y1
-        return prior / total * in_mean, in_mean * colour - along_x * colour_x - along_y * colour_y
-
-
-def _moment_kernels(size: int, sigma: float) -> tuple[Tensor, Tensor]:
-    """Return kernels 9,4,size,1 and 15,9,1,size that, one after the other, make a picture's moments in a window.
-
-    From three colours, 0 where unknown, and 1 where known: the colours, the colours times x, times y, and 1, x, y, xx,
-    xy, yy, all times the Gaussian weights, whose sum is 1; x and y count pixels from the middle.
-    """
-    place = torch.arange(size, dtype=torch.float64, device="cpu") - size // 2  # not meta, whatever the network is on
-    weight = torch.exp(-0.5 * (place / sigma) ** 2)
-    powers = torch.stack([weight * place**power for power in range(3)]) / weight.sum()
-    down, across = powers.new_zeros(9, 4, size), powers.new_zeros(15, 9, size)
-    for channel in range(3):  # the intermediate channels: colours, colours times y, then 1, y, yy
-        down[channel, channel], down[3 + channel, channel] = powers[0], powers[1]
-        across[channel, channel], across[3 + channel, channel] = powers[0], powers[1]
-        across[6 + channel, 3 + channel] = powers[0]
-    for power in range(3):
-        down[6 + power, 3] = powers[power]
-    for row, (x_power, y_power) in enumerate([(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]):
-        across[9 + row, 6 + y_power] = powers[x_power]
-    return down[:, :, :, None].float(), across[:, :, None, :].float()
 
 
 def composite(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
