@@ -150,6 +150,7 @@ else
 fi
 part bandwidth 150 "$PYTHON" benchmarks/kernel.py --device cuda --repeats 20 --output "$out/forward" --gradients without
 part network-1 100 "${latency[@]}" --size 256x256 512x512 --rounds 20 --warm-up 3 --output "$out/network-1"
+part profile 60 "${latency[@]}" --profile --size 256x256 --output "$out"
 part network-16 120 "${latency[@]}" --size 256x256 512x512 --batch 16 --rounds 8 --warm-up 2 --output "$out/network-16"
 
 # On some virtual machines compute-sanitizer refuses the device; a program that uses CUDA tells.
@@ -181,7 +182,6 @@ else
 fi
 
 part gradients 90 "$PYTHON" benchmarks/kernel.py --device cuda --repeats 20 --gradients only --output "$out/gradients"
-part profile 60 "${latency[@]}" --profile --size 256x256 --output "$out"
 if module tensorrt || module tensorrt_rtx; then
     part doctor 60 "$PYTHON" -c 'from misf.runtime.checks.doctor import main; main()'
     part engines 150 "$PYTHON" benchmarks/engine_session.py
