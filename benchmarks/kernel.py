@@ -330,17 +330,18 @@ def main(device: str, repeats: int, batch: tuple[int, ...], gradients: str, outp
     torch.manual_seed(0)
     bench = Bench(device, repeats)
     machine = describe(device)
-    with tempfile.TemporaryDirectory() as folder:
-        program = plugin_program(Path(folder)) if device == "cuda" and gradients != "only" else None
-        for case in cases(device, batch):
-            if program is not None:
+    for case in cases(device, batch):
+        for dtype in TYPES[device]:
+            if gradients != "only":
+                bench.forward(case, dtype)
+            if gradients != "without":
+                bench.backward(case, dtype)
+            write(bench, machine, output)  # at once: what comes later may fail, or run out of time
+    if device == "cuda" and gradients != "only":
+        with tempfile.TemporaryDirectory() as folder:
+            program = plugin_program(Path(folder))
+            for case in cases(device, batch) if program else ():
                 bench.plugin(program, case)
-            for dtype in TYPES[device]:
-                if gradients != "only":
-                    bench.forward(case, dtype)
-                if gradients != "without":
-                    bench.backward(case, dtype)
-                write(bench, machine, output)  # at once: what comes later may fail, or run out of time
     click.echo(write(bench, machine, output))
 
 

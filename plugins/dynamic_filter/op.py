@@ -194,6 +194,8 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 # CUDA tensors go to Triton's kernels; what they do not take (float64, which only gradient checks use, and filters of
 # more than 256 products per group), or all without triton, stays with the reference.
+# A custom op, not torch.library.triton_op: torch.compile traces the latter's Triton kernels for CPU tensors too, and
+# fails where there is no GPU (tried with torch 2.13). Either is one node of one graph.
 
 
 @functools.cache

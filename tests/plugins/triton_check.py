@@ -12,8 +12,16 @@ from torch import Tensor
 from misf.plugins.dynamic_filter import triton_kernels
 from misf.plugins.dynamic_filter.op import dynamic_filter
 
-# N, C, H, W, K, R: one pixel, odd sizes, H unlike W, groups of 1 to 4 channels, all sizes of filter.
-CASES = ((1, 4, 1, 1, 3, 4), (2, 8, 5, 7, 3, 4), (1, 3, 9, 4, 3, 1), (2, 5, 6, 5, 5, 5), (2, 6, 3, 4, 1, 3))
+# N, C, H, W, K, R: one pixel, odd sizes, H unlike W, groups of 1 to 4 channels, filters of 1, 3 and 5; the last two
+# take several tiles of pixels, and of groups.
+CASES = (
+    (1, 4, 1, 1, 3, 4),
+    (2, 8, 5, 7, 3, 4),
+    (2, 5, 6, 5, 5, 5),
+    (2, 6, 3, 4, 1, 3),
+    (1, 3, 9, 16, 3, 1),
+    (1, 132, 1, 5, 1, 4),
+)
 # One rounding to the storage type of sums that are made in float32.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 1e-3)}
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -29,7 +37,7 @@ def tensors(case: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def check(case: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
-    """Compare output and gradients in both layouts, and in a mix of them."""
+    """Compare output and gradients in both layouts; the gradient to the output comes as N,C,H,W."""
     kernel_size, share = case[4:]
     originals = tensors(case, dtype)
     exact = [tensor.double().requires_grad_() for tensor in originals[:2]]
@@ -38,7 +46,7 @@ def check(case: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Non
     rtol, atol = TOLERANCE[dtype]
     for mine in FORMATS:
         features, taps = (tensor.to(device).contiguous(memory_format=mine) for tensor in originals[:2])
-        grad = originals[2].to(device).contiguous(memory_format=FORMATS[0])
+        grad = originals[2].to(device)
         output = triton_kernels.forward(features, taps, kernel_size, share)
         grads = triton_kernels.backward(grad, features, taps, kernel_size, share)
         for result, right, like in zip(
