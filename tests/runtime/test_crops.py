@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,19 @@ def test_five_hundred_holes_do_not_make_five_hundred_crops(rng: np.random.Genera
     for top, left in zip(rng.integers(0, 3980, 500), rng.integers(0, 5980, 500), strict=True):
         mask[top : top + 20, left : left + 20] = True
     assert len(_checked(mask)) < 130  # 94 squares of 512 cover the picture
+
+
+@pytest.mark.parametrize(("working_size", "margin"), [(128, 60), (128, 220), (256, 100), (512, 220), (512, None)])
+def test_eight_thousand_specks_take_no_quadratic_time(
+    working_size: int, margin: int | None, rng: np.random.Generator
+) -> None:
+    mask = _empty(4000, 6000)
+    for top, left in zip(rng.integers(0, 3996, 8000), rng.integers(0, 5996, 8000), strict=True):
+        mask[top : top + 4, left : left + 4] = True
+    started = time.process_time()
+    crops = plan_crops(mask, "crop", working_size, margin)
+    assert time.process_time() - started < 3  # 20 s at 128 and 60 before groups were looked up by their place
+    assert sum(int(crop.hole.sum()) for crop in crops) == int(mask.sum())
 
 
 def test_margin_and_working_size_are_honoured() -> None:
