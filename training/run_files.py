@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..plugins.shared.errors import MisfError
-from ..plugins.shared.files import written_whole
+from ..plugins.shared.files import remove_unfinished, written_whole
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,7 @@ class RunLog:
 
     def __init__(self, folder: RunFolder, step: int) -> None:
         self.file = folder.log
-        for path in (folder.state, folder.weights, folder.best, folder.settings, folder.log):
-            for half in folder.path.glob(f".{path.stem}.????????{path.suffix}"):  # a killed process was writing it
-                half.unlink()
+        remove_unfinished(folder.path)
         kept = self._lines_before(step)
         with written_whole(self.file) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")

@@ -9,6 +9,9 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+_PREFIX = ".misf-"
+"""Of temporary files; 16 hexadecimal digits and the target's suffix follow."""
+
 
 @contextlib.contextmanager
 def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
@@ -23,7 +26,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise OSError(f"cannot write {target}: it is {kind}")
-    temporary = path.with_name(f".misf-{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(8)}{path.suffix}")
     try:
         # O_EXCL creates it with the user's umask, which tempfile.mkstemp would not.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -36,6 +39,13 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left in a folder while they were in `written_whole`; nobody else may write there."""
+    for path in Path(folder).glob(f"{_PREFIX}{'[0-9a-f]' * 16}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

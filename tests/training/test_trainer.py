@@ -86,6 +86,19 @@ def started(arguments: Sequence[str], env: dict[str, str]) -> Iterator[subproces
         process.communicate()
 
 
+def kill_while_it_saves(folder: Path) -> None:
+    """Leave in the folder of a run what a SIGKILL leaves that comes when half of the state is written."""
+    program = f"""
+import os, pathlib, signal
+from misf.plugins.shared.files import written_whole
+with written_whole({str(folder / "state.pt")!r}) as temporary:
+    temporary.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Sums in the same order here as in the processes that tests start."""
@@ -140,7 +153,8 @@ def test_killed_and_resumed_is_as_never_stopped(more: tuple[str, ...], photograp
         errors = process.communicate(timeout=100)[1]
     assert process.returncode == -signal.SIGKILL, errors
     assert len(log_of(killed)) == 5
-    (killed / ".state.0123abcd.pt").write_bytes(b"half")  # what a kill while writing leaves
+    kill_while_it_saves(killed)
+    assert len([path for path in killed.iterdir() if path.name.startswith(".")]) == 1
     assert torch.load(killed / "state.pt", weights_only=True)["step"] == 3
     run("--resume", "--output", killed)
     assert log_of(killed) == log_of(whole)
