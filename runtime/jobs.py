@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .pictures.image_io import FORMATS, output_format
@@ -22,6 +22,7 @@ class Job:
     output_named: bool  # the user named this very file, so it may be overwritten
     relative: Path  # the picture within its folder
     comparison: Path  # where --concat writes
+    masks: tuple[Path, ...] = ()  # in the folder of masks, by name: more or less than one is an error of this job
 
     @property
     def finished(self) -> bool:
@@ -37,15 +38,26 @@ def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> tuple[list
     where no picture is found or the output is of the wrong kind.
     """
     if not image.is_dir():
-        return [_single_job(image, output)], []
+        job = _single_job(image, output)
+        return [job if mask is None else replace(job, masks=_MaskIndex(mask).masks(image, job.relative))], []
     folder = output or image.with_name(f"{image.resolve().name}_inpainted")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{image} is a folder and the output {folder} is a file: name a folder")
     pictures, skipped = _pictures(image, mask, folder)
     if not pictures:
         raise ValueError(f"{image} holds no pictures: expected files that end in one of {' '.join(FORMATS)}")
-    comparisons = _comparisons(pictures)
-    return [Job(image / path, folder / path, False, path, folder / comparisons[path]) for path in pictures], skipped
+    comparisons, index = _comparisons(pictures), None if mask is None else _MaskIndex(mask)
+    return [
+        Job(
+            image / path,
+            folder / path,
+            False,
+            path,
+            folder / comparisons[path],
+            () if index is None else index.masks(image / path, path),
+        )
+        for path in pictures
+    ], skipped
 
 
 def _single_job(image: Path, output: Path | None) -> Job:
@@ -80,18 +92,45 @@ def find_mask(job: Job, mask: Path) -> Path:
     suffix, or with _mask and a number added. ValueError if there is none or more than one."""
     if not mask.is_dir():
         return mask
-    folder = mask / job.relative.parent
     stem = job.relative.stem
-    pictures = [path for path in folder.iterdir() if _is_picture(path)] if folder.is_dir() else []
-    same = [path for path in pictures if path.stem == stem and not _same_file(path, job.image)]
-    paired = [path for path in pictures if (match := MASK_NAME.fullmatch(path.stem)) and match[1] == stem]
-    found = same or paired
-    if not found:
+    if not job.masks:
+        folder = mask / job.relative.parent
         raise ValueError(f"no mask for {job.relative}: expected {stem}.* or {stem}_mask*.* in {folder}")
-    if len(found) > 1:
-        names = ", ".join(sorted(path.name for path in found))
-        raise ValueError(f"{len(found)} masks for {job.relative}: {names}; expected one")
-    return found[0]
+    if len(job.masks) > 1:
+        names = ", ".join(sorted(path.name for path in job.masks))
+        raise ValueError(f"{len(job.masks)} masks for {job.relative}: {names}; expected one")
+    return job.masks[0]
+
+
+class _MaskIndex:
+    """The masks below a folder by the pictures' names; every folder is listed once, however many pictures ask."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._listed: dict[Path, tuple[dict[str, list[Path]], dict[str, list[Path]]]] = {}
+
+    def masks(self, image: Path, relative: Path) -> tuple[Path, ...]:
+        """Return the masks that fit a picture: those of its name, else those with _mask and a number added."""
+        if relative.parent not in self._listed:
+            self._listed[relative.parent] = self._list(self._root / relative.parent)
+        same, paired = self._listed[relative.parent]
+        found = [path for path in same.get(relative.stem, ()) if not _same_file(path, image)]
+        return tuple(found or paired.get(relative.stem, ()))
+
+    @staticmethod
+    def _list(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+        same: dict[str, list[Path]] = defaultdict(list)
+        paired: dict[str, list[Path]] = defaultdict(list)
+        if not folder.is_dir():
+            return same, paired
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = folder / entry.name
+                if path.suffix.lower() in FORMATS and entry.is_file():
+                    same[path.stem].append(path)
+                    if match := MASK_NAME.fullmatch(path.stem):
+                        paired[match[1]].append(path)
+        return same, paired
 
 
 def check_output(job: Job, mask: Path | None, concat: bool, force: bool) -> None:
