@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..plugins.shared.command import one_line
+from ..plugins.shared.errors import MisfError
 from ..plugins.shared.files import written_whole
 from .inpainter import Inpainter
 from .jobs import Job, check_output, find_mask
@@ -48,6 +50,15 @@ class Batch:
 
     def run(self, job: Job, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Return what was done with one picture, for --json. Raises ValueError, OSError, MisfError or MemoryError."""
+        try:
+            return self._run(job, progress)
+        except (MisfError, ValueError, OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever it is, it must not end a folder's run
+            log.debug("the failure in full:", exc_info=True)
+            raise MisfError(f"{job.image}: unexpected {type(error).__name__}: {one_line(error)}") from error
+
+    def _run(self, job: Job, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
         started = time.perf_counter()
         mask_path = None if self._mask is None else find_mask(job, self._mask)
         check_output(job, mask_path, self._concat, self._force)

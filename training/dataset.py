@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..plugins.shared.errors import MisfError
-from .mask_drawing import Mask
+from ..runtime.pictures.geometry import Mask
 
 log = logging.getLogger(__name__)
 

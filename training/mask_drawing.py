@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from ..plugins.shared.command import one_line
 from ..plugins.shared.errors import MisfError
+from ..runtime.pictures.geometry import Mask
+from ..runtime.pictures.image_io import open_mask
+from ..runtime.pictures.masks import mask_from_image, resized_mask
 
 log = logging.getLogger(__name__)
 
-Mask = NDArray[np.bool_]
 Band = tuple[float, float]
 
 #: The paper's three mask bands: the hole's share of the picture, from and to (arXiv 2203.06304, section 4.1).
@@ -207,10 +209,7 @@ class MaskFolder:
         mask = self._decoded(index)
         if height is None or width is None or mask.shape == (height, width):
             return mask
-        rows = (np.arange(height) * 2 + 1) * mask.shape[0] // (2 * height)
-        columns = (np.arange(width) * 2 + 1) * mask.shape[1] // (2 * width)
-        resized: Mask = mask[rows[:, None], columns]
-        return resized
+        return resized_mask(mask, (height, width))
 
     def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
         """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions.
@@ -247,11 +246,9 @@ class MaskFolder:
             kept: Mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
             return kept
         try:
-            with Image.open(self.paths[index]) as picture:
-                mask: Mask = np.asarray(picture.convert("L"), np.uint8) > self.threshold
-        except Exception as error:  # Pillow raises many classes for broken files
-            raise MisfError(f"mask {self.paths[index]} cannot be read: {error}") from error
-        mask = ~mask if self.invert else mask
+            mask = mask_from_image(open_mask(self.paths[index]), self.threshold, self.invert, quiet=True)
+        except (ValueError, OSError) as error:
+            raise MisfError(f"mask {self.paths[index]} cannot be read: {one_line(error)}") from error
         bits = np.packbits(mask)
         if bits.nbytes <= self._space:
             self._space -= bits.nbytes

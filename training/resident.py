@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..plugins.shared.errors import MisfError
+from ..runtime.pictures.geometry import Mask
 from .dataset import MaskSource, Picture, Pictures
-from .mask_drawing import Mask
 
 
 class ResidentSamples:

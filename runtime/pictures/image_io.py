@@ -19,17 +19,20 @@ The EXIF thumbnail is dropped: it would show what was removed.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
+from ...plugins.shared.command import one_line
 from ...plugins.shared.files import written_whole
 from . import png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
@@ -161,7 +164,7 @@ def open_picture(path: Path, write_as: str | None = None) -> Picture:
     be written in that format without loss of what it holds; OSError when it cannot be read.
     """
     data = _read(path)
-    with _opened(path, data) as image:
+    with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
         format_ = "JPEG" if image.format == "MPO" else str(image.format)
         target = write_as or format_
@@ -171,8 +174,8 @@ def open_picture(path: Path, write_as: str | None = None) -> Picture:
         raw_mode = png16.raw_mode(image)
         _refuse_deep_tiff(path, image)
         _load(path, image)
-        exif = image.getexif()
-        orientation = int(exif.get(ORIENTATION, 1))
+        exif = _exif(path, image)
+        orientation = exif.get(ORIENTATION, 1)
         if orientation not in DISPLAYS:
             orientation = 1
         if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
@@ -190,10 +193,25 @@ def open_picture(path: Path, write_as: str | None = None) -> Picture:
 
 def open_mask(path: Path) -> Image.Image:
     """Return a mask's picture as it is displayed, whole in memory. Raises as open_picture does."""
-    with _opened(path, _read(path)) as image:
+    data = _read(path)
+    with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
         _load(path, image)
-        return ImageOps.exif_transpose(image)
+        orientation = _exif(path, image).get(ORIENTATION, 1)
+        return image.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else image
+
+
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Turn whatever decoders raise within the block into a ValueError of one line that names the file."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # struct.error, SyntaxError, TypeError, EOFError, ...: each decoder has its own
+        if isinstance(error, ValueError) and path.name in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read as a picture: {one_line(error)}") from error
 
 
 def _read(path: Path) -> bytes:
@@ -215,8 +233,6 @@ def _opened(path: Path, data: bytes) -> Image.Image:
         raise ValueError(f"{path} is refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture we can read: expected PNG, JPEG, WebP, TIFF, BMP or GIF") from error
-    except Exception as error:  # a damaged header: every decoder has its own exceptions
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
 def _load(path: Path, image: Image.Image) -> None:
@@ -270,6 +286,20 @@ def _working_mode(path: Path, image: Image.Image, target: str, info: dict[str, A
     if target == "GIF" and image.mode not in ("1", "L", "P"):
         log.warning("a GIF holds 256 colours: known pixels of %s change too", path.name)
     return image
+
+
+def _exif(path: Path, image: Image.Image) -> Image.Exif:
+    """Return the EXIF that can be written again; where it is damaged, none, with a warning."""
+    try:
+        exif = image.getexif()
+        exif.tobytes()
+        orientation = exif.get(ORIENTATION, 1)
+        if not isinstance(orientation, int):
+            raise TypeError(f"the orientation is {orientation!r:.20}")
+        return exif
+    except Exception as error:  # struct.error, SyntaxError, TypeError, ... : as many as ways to be damaged
+        log.warning("%s: its EXIF is damaged and left out: %s", path.name, one_line(error))
+        return Image.Exif()
 
 
 def _displayed(array: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -18,12 +18,13 @@ MOSTLY_HOLE = 0.7
 
 
 def mask_from_image(
-    image: Image.Image, threshold: int = THRESHOLD, invert: bool = False, from_alpha: bool = False
+    image: Image.Image, threshold: int = THRESHOLD, invert: bool = False, from_alpha: bool = False, quiet: bool = False
 ) -> Mask:
-    """Return bool H,W, True = hole, from a picture of any 8- or 16-bit mode.
+    """Return bool H,W, True = hole, from a picture of any 8- or 16-bit mode: the one rule of every command.
 
     A pixel is a hole where its grey value (over black where it is transparent) is over `threshold`. With `from_alpha`
     it is one where the alpha channel is transparent by more than `threshold`: alpha 0 is a hole. `invert` swaps both.
+    quiet: say nothing of masks that look unusual. Raises ValueError for a picture that has no such mask.
     """
     if from_alpha:
         if not image.has_transparency_data:
@@ -31,6 +32,14 @@ def mask_from_image(
         grey = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
     else:
         grey = _grey(image)
+    mask = np.asarray(grey) > threshold
+    if not quiet:
+        _say_what_is_odd(image, grey, mask, threshold, painted=not (invert or from_alpha))
+    return ~mask if invert else mask
+
+
+def _say_what_is_odd(image: Image.Image, grey: Image.Image, mask: Mask, threshold: int, painted: bool) -> None:
+    """Log grey levels, and warn of a mask that was painted and comes out empty for a reason that can be seen."""
     counts = grey.histogram()
     brightest = max(value for value, count in enumerate(counts) if count)
     between = sum(counts[1:255])
@@ -40,19 +49,17 @@ def mask_from_image(
             100 * between / (grey.width * grey.height),
             threshold,
         )
-    mask = np.asarray(grey) > threshold
-    if not invert and not from_alpha and 0 < brightest <= threshold:
+    if painted and 0 < brightest <= threshold:
         log.warning(
             "the mask's brightest value is %s and only over %d is hole: make holes white (255), or use "
             "--mask-threshold 0 if every value but 0 is hole",
             *(brightest, threshold),
         )
-    elif not invert and not from_alpha and not mask.any() and _is_partly_transparent(image):
+    elif painted and not mask.any() and _is_partly_transparent(image):
         log.warning(
             "the mask has no white and its alpha channel tells painted from clear: use that as the mask "
             "(--mask-from-alpha: clear is hole; with --invert-mask: painted is hole)"
         )
-    return ~mask if invert else mask
 
 
 def mask_from_array(array: NDArray[Any]) -> Mask:

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -546,3 +548,59 @@ def test_help_is_light(tmp_path: Path) -> None:
     assert _run("--version").stdout.startswith("misf-run 0.")
     assert _run("-h").exit_code == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def _png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a PNG file of these chunks, after PNG's own specification."""
+    whole = b"\x89PNG\r\n\x1a\n"
+    for kind, body in chunks:
+        whole += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return whole
+
+
+def test_no_picture_ends_a_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mask = tmp_path / "in", _mask(tmp_path / "mask.png")
+    for name in ("a.png", "m.png", "z.png"):
+        _picture(folder / name)
+    rows = zlib.compress(b"".join(b"\0" + bytes(SHAPE[1]) for _ in range(SHAPE[0])))
+    header = struct.pack(">IIBBBBB", SHAPE[1], SHAPE[0], 8, 3, 0, 0, 0)
+    indexed = _png((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    (folder / "b_without_palette.png").write_bytes(indexed)
+    from misf.runtime import fill_file
+
+    opened = fill_file.open_picture
+
+    def failing(path: Path, write_as: str | None) -> Any:
+        if path.name == "m.png":
+            raise struct.error("a fault that nobody thought of")
+        return opened(path, write_as)
+
+    monkeypatch.setattr(fill_file, "open_picture", failing)
+    result = _run(model, folder, mask, "-o", tmp_path / "out")
+    assert result.exit_code == 5, result.output
+    assert (tmp_path / "out" / "a.png").exists()
+    assert (tmp_path / "out" / "z.png").exists()
+    failed = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert ["b_without_palette.png" in failed[0], "m.png" in failed[1]] == [True, True], failed
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0no TIFF at all",
+        b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0",  # the orientation as text
+        b"II*\0\x08\0\0\0\x01\0\x12\x01\x05\0\x01\0\0\0\xff\xff\xff\x7f\0\0\0\0",  # a rational beyond the end
+    ],
+    ids=["no TIFF", "text", "beyond the end"],
+)
+def test_damaged_exif_is_left_out_with_a_warning(model: Path, exif: bytes, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE, 3), dtype=np.uint8)
+    header = struct.pack(">IIBBBBB", SHAPE[1], SHAPE[0], 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+    (tmp_path / "x.png").write_bytes(_png((b"IHDR", header), (b"eXIf", exif), (b"IDAT", rows), (b"IEND", b"")))
+    result = _run(model, tmp_path / "x.png", _mask(tmp_path / "mask.png"))
+    assert result.exit_code == 0, result.output
+    filled = np.asarray(Image.open(tmp_path / "x_inpainted.png"))
+    assert np.array_equal(filled[~HOLE], pixels[~HOLE])
+    assert not np.array_equal(filled[HOLE], pixels[HOLE])

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from misf.plugins.shared.errors import MisfError
+from misf.runtime.pictures.image_io import open_mask
+from misf.runtime.pictures.masks import mask_from_image
 from misf.training.dataset import Pictures, TrainingSamples, picture_paths, read_picture
 from misf.training.mask_drawing import MaskFolder, RandomMasks
 
@@ -283,3 +285,22 @@ def test_the_cache_has_a_limit(tree: Path) -> None:
     assert pictures.preload(threads=1) == 6
     kept = [pictures.get(index) is pictures.get(index) for index in range(6)]
     assert kept == [True, True, False, False, False, False]
+
+
+def test_a_mask_file_is_the_same_hole_for_training_as_for_filling(tmp_path: Path) -> None:
+    """White paint on a clear layer, 16 bits, a colour that is clear, a picture turned by EXIF: by one rule."""
+    hole = np.zeros((30, 40), np.bool_)
+    hole[4:11, 20:33] = True
+    white = np.full_like(hole, 255, np.uint8)
+    painted = hole * white
+    Image.fromarray(np.dstack([white] * 3 + [painted])).save(tmp_path / "rgba.png")
+    Image.fromarray(np.dstack([white, painted])).save(tmp_path / "la.png")
+    sixteen = painted.astype(np.uint16) * 257
+    sixteen[0] = 600  # of 65535: nearly black
+    Image.fromarray(sixteen).save(tmp_path / "sixteen.png")
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.fromarray(painted).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
+    for path in sorted(tmp_path.glob("*.png")):
+        assert np.array_equal(MaskFolder([path]).read(0), hole), path.name
+        assert np.array_equal(mask_from_image(open_mask(path)), hole), path.name

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...plugins.shared.files import sha256
+from ...runtime.pictures.geometry import Mask
 from ..dataset import Pictures
-from ..mask_drawing import BANDS, Band, Mask, MaskFolder, band_name, band_of, random_mask
+from ..mask_drawing import BANDS, Band, MaskFolder, band_name, band_of, random_mask
 from .baselines import Fill
 from .metrics import compare, mean_of, paste
 
