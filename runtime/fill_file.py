@@ -20,7 +20,7 @@ from .inpainter import Inpainter
 from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
 from .pictures.geometry import Box, Mask
-from .pictures.image_io import Picture, open_mask, open_picture, output_format
+from .pictures.image_io import open_mask, open_picture, output_format
 from .pictures.masks import THRESHOLD, mask_from_image, resized_mask
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Batch:
         if mask_path is None:
             picture.make_opaque(hole)
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        _write(picture, job.output, changed=report.hole_pixels > 0)
+        picture.save(job.output, changed=report.hole_pixels > 0)
         record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
         if before is not None:
             _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
@@ -89,14 +89,6 @@ class Batch:
         except ValueError as error:
             text = str(error)
             raise ValueError(text if str(path) in text else f"{path}: {text}") from error
-
-
-def _write(picture: Picture, path: Path, changed: bool) -> None:
-    if changed or output_format(path) != picture.format:
-        picture.save(path)
-        return
-    with written_whole(path) as temporary:  # nothing to fill: not even encoded again
-        temporary.write_bytes(picture.data)
 
 
 def _panel(canvas: Canvas) -> Pixels:

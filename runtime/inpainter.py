@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,13 +20,18 @@ from .backends import open_backend
 from .backends.contract import Backend
 from .memory import available_bytes, least_bytes
 from .pictures.canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
-from .pictures.crops import Crop, chosen_strategy, fit, plan_crops
+from .pictures.crops import Crop, fit, plan_crops
 from .pictures.geometry import Mask, Size
+from .pictures.image_io import as_stored, open_mask, open_picture, orientation_of, upright
 from .pictures.masks import check_mask, mask_from_array, mask_from_image
+from .pictures.settings import CropSettings
 
 log = logging.getLogger(__name__)
 
 Picture_ = TypeVar("Picture_", NDArray[Any], Image.Image)
+File = str | os.PathLike[str] | bytes
+"""A path, or what is in the file."""
+
 MANY_CROPS = 32
 SMALLER = "use the strategy crop or a smaller working size (--strategy crop, --working-size)"
 
@@ -61,13 +67,12 @@ class Inpainter:
         backend: str = "auto",
         device: str | None = None,
         strategy: str = "auto",
-        working_size: int = 512,
+        working_size: int = CropSettings.working_size,
         margin: int | None = None,
         precision: str = "auto",
         threads: int | None = None,
     ):
-        plan_crops(np.zeros((1, 1), np.bool_), strategy, working_size, margin)  # a bad setting ends here, at once
-        self.strategy, self.working_size, self.margin = strategy, working_size, margin
+        self.settings = CropSettings(strategy, working_size, margin)
         self.backend: Backend = open_backend(model, backend, device, precision, threads)
         self._limits = self.backend.limits
 
@@ -75,27 +80,49 @@ class Inpainter:
         """Return the picture with its holes filled, as the kind that came; pixels outside the hole are equal.
 
         image: uint8 or uint16 H,W,3 RGB (or H,W grey, H,W,4 RGBA), or a Pillow picture. mask: uint8 H,W (over 127 =
-        hole) or bool, or a Pillow picture (white = hole). A Pillow picture is taken as it is stored, and not turned
-        by its EXIF orientation: PIL.ImageOps.exif_transpose does that, if the mask is for the picture as displayed.
+        hole) or bool, or a Pillow picture (white = hole). A mask is for the picture as it is displayed, turned by its
+        EXIF orientation, and the result is stored turned as the picture was: as in misf-run.
         Raises ValueError for a wrong shape, type or size, MisfError when the model fails or memory runs out.
         """
-        hole = mask_from_image(mask) if isinstance(mask, Image.Image) else mask_from_array(np.asarray(mask))
+        hole = _hole(mask)
         if not isinstance(image, Image.Image):
             result = np.array(image)
             self.fill(ArrayCanvas(result), hole)
             return result
+        shown = upright(image, "the picture")
         if image.mode.startswith("I;16"):
-            return Image.fromarray(self.inpaint(np.array(image, np.uint16), hole))
-        copy = image.copy()
-        self.fill(PillowCanvas(copy), hole)
-        return copy
+            shown = Image.fromarray(self.inpaint(np.array(shown, np.uint16), hole))
+        else:
+            shown = shown.copy()
+            self.fill(PillowCanvas(shown), hole)
+        stored = as_stored(shown, orientation_of(image, "the picture"))
+        stored.info = dict(image.info)
+        return stored
 
     __call__ = inpaint
+
+    def inpaint_file(self, image: File, mask: Any, name: str = "the picture") -> bytes:
+        """Return a picture file with its holes filled, in the format that came: EXIF, profile, alpha and depth stay.
+
+        Args:
+            image: a path, or the bytes of a file.
+            mask: the same, or what `inpaint` takes; for the picture as it is displayed.
+            name: of a picture that comes as bytes, for messages.
+
+        Raises:
+            ValueError: one of them is no picture, is damaged, or the sizes differ.
+            OSError: a file cannot be read.
+            MisfError: the model fails, or memory runs out.
+
+        """
+        picture = open_picture(Path(name), data=image) if isinstance(image, bytes) else open_picture(Path(image))
+        report = self.fill(picture.canvas, _hole(mask))
+        return picture.encoded(picture.format, changed=report.hole_pixels > 0)
 
     def fill(self, canvas: Canvas, hole: Mask, progress: Callable[[int, int], None] | None = None) -> FillReport:
         """Fill the holes of a canvas in place and return how; `progress` is told crops done and crops in all."""
         check_mask(hole, canvas.size)
-        crops = self._within_limits(plan_crops(hole, self.strategy, self.working_size, self.margin))
+        crops = self._within_limits(plan_crops(hole, self.settings))
         if len(crops) > MANY_CROPS:
             log.info("%d crops: many holes, or a long one, at native resolution", len(crops))
         waiting = hole.copy() if len(crops) > 1 else hole  # not filled yet: later crops see what earlier ones filled
@@ -110,7 +137,7 @@ class Inpainter:
                 waiting[crop.core.slices] &= ~crop.hole
             if progress:
                 progress(done + 1, len(crops))
-        strategy = chosen_strategy(self.strategy, canvas.size, self.working_size)
+        strategy = self.settings.strategy_for(canvas.size)
         return FillReport(strategy, len(crops), int(np.count_nonzero(hole)), seconds)
 
     def _within_limits(self, crops: list[Crop]) -> list[Crop]:
@@ -168,6 +195,17 @@ class Inpainter:
         if is_out_of_memory(error):
             return MisfError(f"out of memory at {size[1]}x{size[0]} pixels on {self.backend.device}: {SMALLER}")
         return MisfError(f"{self.backend.name} failed at {size[1]}x{size[0]}: {one_line(error)}")
+
+
+def _hole(mask: Any) -> Mask:
+    """Return a mask of any kind that Inpainter takes, as bool H,W, True = hole."""
+    if isinstance(mask, bytes):
+        return mask_from_image(open_mask(Path("the mask"), data=mask))
+    if isinstance(mask, str | os.PathLike):
+        return mask_from_image(open_mask(Path(mask)))
+    if isinstance(mask, Image.Image):
+        return mask_from_image(upright(mask, "the mask"))
+    return mask_from_array(np.asarray(mask))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a run can fit into memory at all: the system would kill the process rather than tell it."""
+"""Refuse runs that cannot fit in memory: Linux would kill the process without an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .pictures.geometry import Size
 # Full-resolution channels alive at once, in units of the network's width. Measured on the full-size network at
 # 1024x1024: 12 with ONNX Runtime, 6 with OpenVINO. A lower bound, so that nothing is refused that would have run.
 LEAST_WIDTHS = 6
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUP = Path("/sys/fs/cgroup")
+LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""A container's limit and what is used of it, in cgroups of version 2 and 1."""
 
 
 def least_bytes(config: Mapping[str, Any], precision: str, size: Size) -> int:
@@ -22,13 +24,13 @@ def least_bytes(config: Mapping[str, Any], precision: str, size: Size) -> int:
 
 
 def available_bytes() -> int | None:
-    """Return how much memory is free for us on Linux, within the container's limit; None elsewhere."""
+    """Return how much memory is free for us on Linux, within what is left of the container's; None elsewhere."""
     found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-    for path in LIMITS:
+    for limit, used in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            found.append(int(Path(path).read_text()))
+            found.append(max(0, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())))
     return min(found, default=None)

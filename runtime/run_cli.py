@@ -12,6 +12,8 @@ import click
 from ..plugins.shared.command import command, log_about, one_line, print_json
 from ..plugins.shared.errors import BATCH_FAILURES, MisfError
 from ..plugins.shared.progress import progress
+from .backends.contract import BACKENDS, PRECISIONS
+from .pictures.settings import STRATEGIES, CropSettings
 
 if TYPE_CHECKING:
     from .fill_file import Batch
@@ -59,7 +61,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: NAME_inpainted.EXT]")
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime", "openvino", "pytorch", "tensorrt"]),
+    type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
     help="What runs the model; auto takes the fastest that is installed and says which.",
@@ -75,14 +77,14 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
     help="What to compute in. auto: what the file holds; on OpenVINO bf16 where the processor has it.",
 )
 @click.option(
     "--strategy",
-    type=click.Choice(["auto", "crop", "resize", "original"]),
+    type=click.Choice(STRATEGIES),
     default="auto",
     show_default=True,
     help="What the model sees: a crop around each hole, the picture resized, or the picture as it is. auto: the "
@@ -91,7 +93,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option(
     "--working-size",
     type=click.IntRange(min=64),
-    default=512,
+    default=CropSettings.working_size,
     show_default=True,
     help="The model sees about this many pixels squared at a time; memory and time go with it.",
 )

@@ -11,6 +11,7 @@ import click
 from ...plugins.shared.command import HxW, command, print_json
 from ...plugins.shared.errors import AccuracyError, MisfError
 from ...plugins.shared.extras import need
+from ..backends.contract import BACKENDS
 
 if TYPE_CHECKING:
     from ...training.model.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "onnxruntime", "openvino", "tensorrt", "pytorch"]),
+    type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
     help="What runs the model.",
@@ -83,7 +84,10 @@ def main(
     inpaint = open_backend(model, backend=backend, device=device)
     tolerance = accuracy.tolerance(inpaint.precision, inpaint.file_precision)
     if max_abs is not None or min_psnr is not None:
-        tolerance = accuracy.Tolerance(max_abs=max_abs, min_psnr_db=min_psnr)
+        tolerance = accuracy.Tolerance(
+            tolerance.max_abs if max_abs is None else max_abs,
+            tolerance.min_psnr_db if min_psnr is None else min_psnr,
+        )
     photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
     network = build_model(_load(inpaint, checkpoint, official))
     reference = accuracy.torch_reference(network)

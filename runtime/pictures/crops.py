@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .geometry import Box, Mask, Size
+from .settings import ABOUT, CropSettings
 
-STRATEGIES = ("auto", "crop", "resize", "original")
 BLOCK = 8  # holes are told apart on a grid of 8x8 blocks: 64 times fewer cells than pixels
-ABOUT = 1.5  # an area of up to 1.5 working squares still runs without resizing
 THIN = 0.4  # a long hole no thicker than this share of the working size is walked at native resolution
 LEAST_MARGIN = 32
 
@@ -41,35 +40,20 @@ class _Piece:
     blocks: Mask  # over the block grid of `core`
 
 
-def plan_crops(mask: Mask, strategy: str = "auto", working_size: int = 512, margin: int | None = None) -> list[Crop]:
-    """Return the crops that together fill every hole pixel of `mask` exactly once; none for an empty mask.
-
-    mask: bool H,W, True = hole. margin: pixels of context around a hole; None: a quarter of the hole's longer side, at
-    least 32. Raises ValueError for an unknown strategy or sizes that make no sense.
-    """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: expected one of {', '.join(STRATEGIES)}")
-    if working_size < 64:
-        raise ValueError(f"working size {working_size} is too small: expected at least 64")
-    if margin is not None and margin < 0:
-        raise ValueError(f"margin {margin} is negative")
+def plan_crops(mask: Mask, settings: CropSettings | None = None) -> list[Crop]:
+    """Return the crops that together fill every hole pixel of `mask`, bool H,W, exactly once; none if it is empty."""
+    settings = settings or CropSettings()
+    strategy, working_size, margin = settings.strategy_for(mask.shape), settings.working_size, settings.margin
     bounds = _bounds(mask)
     if bounds is None:
         return []
     height, width = mask.shape
-    if chosen_strategy(strategy, (height, width), working_size) != "crop":
+    if strategy != "crop":
         whole = Box(0, 0, width, height)
         size = (height, width) if strategy != "resize" else _reduced((height, width), working_size, slack=1.0)
         return [Crop(whole, size, bounds, mask[bounds.slices])]
     pieces = _merge(_pieces(mask, working_size, margin), working_size)
     return [_crop(mask, piece, working_size) for piece in pieces]
-
-
-def chosen_strategy(strategy: str, size: Size, working_size: int) -> str:
-    """Return what `auto` means for a picture of this size; any other strategy as it is."""
-    if strategy != "auto":
-        return strategy
-    return "original" if size[0] * size[1] <= ABOUT * working_size**2 else "crop"
 
 
 def _bounds(mask: Mask) -> Box | None:

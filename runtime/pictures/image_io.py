@@ -93,13 +93,19 @@ class Picture:
             alpha.paste(255, (0, 0), Image.fromarray(mask))
             self.canvas.image.putalpha(alpha)
 
-    def save(self, path: Path) -> None:
-        """Write the picture whole or not at all, in the format of the path's suffix. Raises OSError or ValueError."""
-        encoded = self._encoded(output_format(path))
+    def save(self, path: Path, changed: bool = True) -> None:
+        """Write the picture whole or not at all, in the format of the path's suffix. Raises OSError or ValueError.
+
+        changed: False where nothing was filled; then a file of the same format gets the very bytes that came.
+        """
+        encoded = self.encoded(output_format(path), changed)
         with written_whole(path) as temporary:
             temporary.write_bytes(encoded)
 
-    def _encoded(self, format_: str) -> bytes:
+    def encoded(self, format_: str, changed: bool = True) -> bytes:
+        """Return the bytes of a file in a format of Pillow's name; `changed` as in `save`. Raises ValueError."""
+        if not changed and format_ == self.format:
+            return self.data
         turn_back = INVERSE.get(self.orientation, self.orientation) if format_ in KEEPS_ORIENTATION else 1
         if isinstance(self.canvas, ArrayCanvas):
             array = _displayed(self.canvas.array, turn_back)
@@ -157,13 +163,15 @@ def output_format(path: Path) -> str:
         raise ValueError(f"cannot write {path.name}: expected a name that ends in {' '.join(FORMATS)}") from None
 
 
-def open_picture(path: Path, write_as: str | None = None) -> Picture:
+def open_picture(path: Path, write_as: str | None = None, data: bytes | None = None) -> Picture:
     """Return the picture in a file, ready to be changed and written in format `write_as` (None: that of the file).
+
+    data: the file's bytes, where they are at hand; `path` is then no more than a name for messages.
 
     Raises ValueError with one line for a file that is no picture, is damaged, too large, has several frames, or cannot
     be written in that format without loss of what it holds; OSError when it cannot be read.
     """
-    data = _read(path)
+    data = _read(path) if data is None else data
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
         format_ = "JPEG" if image.format == "MPO" else str(image.format)
@@ -174,7 +182,7 @@ def open_picture(path: Path, write_as: str | None = None) -> Picture:
         raw_mode = png16.raw_mode(image)
         _refuse_deep_tiff(path, image)
         _load(path, image)
-        exif = _exif(path, image)
+        exif = _exif(path.name, image)
         orientation = exif.get(ORIENTATION, 1)
         if orientation not in DISPLAYS:
             orientation = 1
@@ -191,14 +199,13 @@ def open_picture(path: Path, write_as: str | None = None) -> Picture:
     return Picture(canvas, format_, orientation, exif, info, data)
 
 
-def open_mask(path: Path) -> Image.Image:
-    """Return a mask's picture as it is displayed, whole in memory. Raises as open_picture does."""
-    data = _read(path)
+def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
+    """Return a mask's picture as it is displayed, whole in memory. Arguments and errors as in `open_picture`."""
+    data = _read(path) if data is None else data
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
         _load(path, image)
-        orientation = _exif(path, image).get(ORIENTATION, 1)
-        return image.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else image
+        return upright(image, path.name)
 
 
 @contextlib.contextmanager
@@ -288,7 +295,25 @@ def _working_mode(path: Path, image: Image.Image, target: str, info: dict[str, A
     return image
 
 
-def _exif(path: Path, image: Image.Image) -> Image.Exif:
+def orientation_of(image: Image.Image, name: str) -> int:
+    """Return a picture's EXIF orientation, 1 to 8; 1 where it has none, or a damaged one (with a warning)."""
+    orientation = _exif(name, image).get(ORIENTATION, 1)
+    return orientation if orientation in DISPLAYS else 1
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return a picture as it is displayed, turned by its EXIF orientation; its `info` still says how it was stored."""
+    orientation = orientation_of(image, name)
+    return image.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else image
+
+
+def as_stored(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an upright picture turned back to how one of this EXIF orientation is stored."""
+    turn = INVERSE.get(orientation, orientation)
+    return image.transpose(DISPLAYS[turn]) if turn in DISPLAYS else image
+
+
+def _exif(name: str, image: Image.Image) -> Image.Exif:
     """Return the EXIF that can be written again; where it is damaged, none, with a warning."""
     try:
         exif = image.getexif()
@@ -298,7 +323,7 @@ def _exif(path: Path, image: Image.Image) -> Image.Exif:
             raise TypeError(f"the orientation is {orientation!r:.20}")
         return exif
     except Exception as error:  # struct.error, SyntaxError, TypeError, ... : as many as ways to be damaged
-        log.warning("%s: its EXIF is damaged and left out: %s", path.name, one_line(error))
+        log.warning("%s: its EXIF is damaged and left out: %s", name, one_line(error))
         return Image.Exif()
 
 

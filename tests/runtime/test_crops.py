@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from misf.runtime.pictures.crops import ABOUT, Crop, chosen_strategy, plan_crops
+from misf.runtime.pictures.crops import Crop, plan_crops
+from misf.runtime.pictures.settings import ABOUT, CropSettings
 
 Y, X = np.ogrid[:1500, :2000]
 
@@ -30,7 +31,7 @@ def _noise(height: int, width: int, share: float) -> np.ndarray:
 
 def _checked(mask: np.ndarray, **settings: object) -> list[Crop]:
     """Return the plan after checking what must hold for any."""
-    crops = plan_crops(mask, **settings)  # type: ignore[arg-type]
+    crops = plan_crops(mask, CropSettings(**settings))  # type: ignore[arg-type]
     covered = np.zeros(mask.shape, np.uint8)
     for crop in crops:
         covered[crop.core.slices] += crop.hole
@@ -117,7 +118,7 @@ def test_eight_thousand_specks_take_no_quadratic_time(
     for top, left in zip(rng.integers(0, 3996, 8000), rng.integers(0, 5996, 8000), strict=True):
         mask[top : top + 4, left : left + 4] = True
     started = time.process_time()
-    crops = plan_crops(mask, "crop", working_size, margin)
+    crops = plan_crops(mask, CropSettings("crop", working_size, margin))
     assert time.process_time() - started < 3  # 20 s at 128 and 60 before groups were looked up by their place
     assert sum(int(crop.hole.sum()) for crop in crops) == int(mask.sum())
 
@@ -129,9 +130,9 @@ def test_margin_and_working_size_are_honoured() -> None:
 
 
 def test_auto_runs_pictures_of_about_the_working_size_whole() -> None:
-    assert chosen_strategy("auto", (512, 768), 512) == "original"
-    assert chosen_strategy("auto", (700, 700), 512) == "crop"
-    assert chosen_strategy("resize", (9, 9), 512) == "resize"
+    assert CropSettings().strategy_for((512, 768)) == "original"
+    assert CropSettings().strategy_for((700, 700)) == "crop"
+    assert CropSettings("resize").strategy_for((9, 9)) == "resize"
 
 
 @pytest.mark.parametrize(
@@ -144,4 +145,4 @@ def test_auto_runs_pictures_of_about_the_working_size_whole() -> None:
 )
 def test_senseless_settings_are_told(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_crops(_empty(), **settings)  # type: ignore[arg-type]
+        CropSettings(**settings)  # type: ignore[arg-type]

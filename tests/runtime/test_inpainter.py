@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from skimage import data
 
 from misf.plugins.shared.errors import EnvironmentMismatch, MisfError
@@ -219,14 +220,17 @@ def test_what_cannot_fit_is_refused_before_the_system_kills_us(inpaint: Inpainte
 
 
 def test_memory_is_what_linux_says_within_the_limit_of_the_container(tmp_path: Path, monkeypatch: Any) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "LIMITS", (str(limit), str(tmp_path / "nowhere")))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = memory.available_bytes()
     assert free is None or installed / 1000 < free <= installed  # in bytes, not in the kernel's kB
-    for text, bounded in (("4096\n", True), ("max\n", False)):
-        limit.write_text(text)
-        assert (memory.available_bytes() == 4096) == bounded
+    (tmp_path / "memory").mkdir()
+    versions = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+    for limit, used in versions:
+        (tmp_path / used).write_text("3000\n")
+        for text, left in (("4096\n", 1096), ("2000\n", 0), ("max\n", None)):
+            (tmp_path / limit).write_text(text)
+            assert (memory.available_bytes() == left) == (left is not None), (limit, text)
 
 
 def test_a_backend_that_fails_or_answers_nonsense_is_told(inpaint: Inpainter, monkeypatch: Any, tmp_path: Path) -> None:
@@ -505,3 +509,56 @@ def test_a_pillow_canvas_is_not_copied_for_a_crop() -> None:
     canvas.paste(Box(10, 10, 12, 12), np.ones((2, 2, 3), np.float32), np.ones((2, 2), np.bool_))
     assert image.getpixel((11, 11)) == (255, 255, 255)
     assert image.getpixel((12, 12)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_api_turns_pictures_as_misf_run_does(orientation: int, tmp_path: Path) -> None:
+    """The mask is for the picture as displayed, which Pillow decides here; the result is stored as the picture was."""
+    shown = np.random.default_rng(orientation).integers(0, 200, (40, 60, 3), dtype=np.uint8)
+    hole = np.zeros((40, 60), np.bool_)
+    hole[5:12, 30:55] = True
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how to store it, by Pillow's numbers of Transpose
+    stored = Image.fromarray(shown)
+    if orientation in turns:
+        stored = stored.transpose(Image.Transpose(turns[orientation]))
+    stored.save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        assert np.array_equal(np.asarray(ImageOps.exif_transpose(opened)), shown)
+        inpaint = Inpainter(mean_fill(tmp_path / "mean.onnx"))
+        result = inpaint(opened, hole)
+    assert result.size == stored.size
+    file = inpaint.inpaint_file(tmp_path / "x.png", hole)
+    with Image.open(io.BytesIO(file)) as written:
+        assert written.getexif()[0x112] == orientation
+        assert np.array_equal(np.asarray(written), np.asarray(result))
+        displayed = np.asarray(ImageOps.exif_transpose(written))
+    assert np.array_equal(displayed[~hole], shown[~hole])
+    assert (displayed[hole] != shown[hole]).any(axis=1).all()
+
+
+def test_files_go_in_and_out_as_bytes(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 4), dtype=np.uint8))
+    picture.save(
+        tmp_path / "x.webp",
+        lossless=True,
+        exact=True,
+        icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    )
+    hole = np.zeros((40, 60), np.uint8)
+    hole[3:9, 4:30] = 255
+    Image.fromarray(hole).save(tmp_path / "mask.png")
+    image, mask = (tmp_path / "x.webp").read_bytes(), (tmp_path / "mask.png").read_bytes()
+    inpaint = Inpainter(mean_fill(tmp_path / "mean.onnx"))
+    with Image.open(io.BytesIO(inpaint.inpaint_file(image, mask))) as filled, Image.open(tmp_path / "x.webp") as before:
+        assert filled.format == "WEBP"
+        assert filled.info["icc_profile"] == before.info["icc_profile"]
+        known = hole == 0
+        assert np.array_equal(np.asarray(filled)[known], np.asarray(before)[known])
+        assert np.array_equal(np.asarray(filled)[..., 3], np.asarray(before)[..., 3])
+    assert inpaint.inpaint_file(image, np.zeros((40, 60), np.bool_)) == image  # nothing to fill: the very bytes
+    with pytest.raises(ValueError, match=r"upload 7 is not a picture we can read"):
+        inpaint.inpaint_file(b"no picture", mask, name="upload 7")
+    with pytest.raises(ValueError, match=r"the mask is not a picture we can read"):
+        inpaint.inpaint_file(image, b"no picture")

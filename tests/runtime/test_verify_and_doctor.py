@@ -88,6 +88,9 @@ def test_verify_passes_and_reports(tiny_onnx: Path, tiny_checkpoint: Path) -> No
     table = invoke(verify, *arguments, "--size", "64x80")
     assert "1x64x80" in table.stdout
     assert table.stdout.splitlines()[-1] == "passed (max_abs 0.0001)"
+    # A gate that is named comes beside the other, not in its place.
+    result = invoke(verify, *arguments, "--size", "64x80", "--min-psnr", "60", "--json")
+    assert json.loads(result.stdout)["tolerance"] == {"max_abs": 1e-4, "min_psnr_db": 60}
 
 
 def test_verify_refuses_another_model(tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

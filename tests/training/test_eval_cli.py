@@ -163,7 +163,7 @@ def test_bad_pictures_end_in_exit_code_5(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes((folder / "chelsea.png").read_bytes())
     result = run("--peers", "--data", tmp_path, "--size", 32, "--json")
     assert result.exit_code == 5
-    assert list(json.loads(result.stdout)["data"]["bad"]) == ["broken.jpg"]
+    assert [bad["name"] for bad in json.loads(result.stdout)["data"]["bad"]] == ["broken.jpg"]
     assert result.stderr.count("broken.jpg") == 1
     (tmp_path / "good.png").unlink()
     result = run("--peers", "--data", tmp_path)

@@ -12,6 +12,7 @@ from ...plugins.shared.command import command, misf_version, print_json
 from ...plugins.shared.errors import BATCH_FAILURES, MisfError
 from ...plugins.shared.extras import need
 from ...plugins.shared.progress import progress
+from ...runtime.backends.contract import BACKENDS, PRECISIONS
 
 if TYPE_CHECKING:
     from ..dataset import Pictures
@@ -44,10 +45,10 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
 @click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
 @click.option(
-    "--backend", default="auto", show_default=True, help="What runs the model: auto, onnxruntime, openvino..."
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the model files."
 )
 @click.option("--device", envvar="MISF_DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, with every picture's numbers, on stdout."
 )

@@ -238,7 +238,7 @@ def document(
         "data": {
             "name": data,
             "pictures": len(pictures),
-            "bad": {path.name: reason for path, reason in pictures.bad.items()},
+            "bad": [{"name": path.name, "reason": reason} for path, reason in pictures.bad.items()],
         },
         "settings": settings,
         "metrics": METRICS,
