@@ -93,7 +93,8 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
     if asked and not has_cuda():
         raise EnvironmentMismatch(
             f"device {device} was asked for and this ONNX Runtime has no CUDA provider "
-            f"(only {', '.join(onnxruntime.get_available_providers())}): install onnxruntime-gpu, or use the device cpu"
+            f"(only {', '.join(onnxruntime.get_available_providers())}): "
+            "pip uninstall onnxruntime, then pip install 'misf[gpu]', or use the device cpu"
         )
     if not asked and (device == "cpu" or not has_cuda()):
         return _session(path, [CPU], threads), "cpu"
