@@ -104,6 +104,10 @@ def _onnxruntime_op(provider: str) -> Callable[[Array, Array], Array]:
     def run(features: Array, taps: Array) -> Array:
         import onnxruntime
 
+        from ..backends.onnx_runtime import CUDA, load_cuda_libraries
+
+        if provider == CUDA:
+            load_cuda_libraries()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(str(OP_CHECK), options, providers=[provider])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
@@ -160,6 +161,15 @@ def test_doctor_runs_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> No
     result = invoke(doctor.main, "--json")
     assert result.exit_code == 0, result.output
     assert {check["backend"].split()[0] for check in json.loads(result.stdout)["op"]} == {"pytorch", "openvino"}
+
+
+def test_doctor_loads_the_cuda_libraries_before_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them the provider of misf[gpu] never starts, whatever GPU there is."""
+    loaded: list[str] = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("CUDA"))
+    with pytest.raises(RuntimeError, match="listed but does not start"), pytest.warns(UserWarning, match="CUDAExec"):
+        doctor._onnxruntime_op("CUDAExecutionProvider")(*doctor.op_inputs())
+    assert loaded == ["CUDA"]
 
 
 def test_doctor_names_two_onnx_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
