@@ -10,7 +10,7 @@ SAMPLES = runtime/samples
 
 $(VENV)/.export: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt

@@ -13,7 +13,7 @@ import click
 
 from ..plugins.shared.command import command, print_json
 from ..plugins.shared.errors import MisfError
-from ..plugins.shared.extras import need
+from ..plugins.shared.extras import need, need_onnx_runtime
 from ..plugins.shared.files import sha256, written_whole
 from ..runtime.backends.contract import ENGINES
 from .engine.build_cli import finish
@@ -139,6 +139,7 @@ def _export(
     checkpoint: Path, official: bool, output: Path, precision: str, calibration: Path | None, range_limit: float
 ) -> ExportReport:
     need("misf-export", "export", "torch", "onnx", "onnxscript")
+    need_onnx_runtime("misf-export")
     from ..runtime.checks.accuracy import load_photographs
     from ..training.model.checkpoint import load_checkpoint
     from .exporter import export_onnx

@@ -12,7 +12,7 @@ OP_TYPE = "DynamicFilter"
 DOMAIN = "misf"
 DOMAIN_VERSION = 1
 OPSET = 20
-"""Standard opset of the body and of our models. The body needs 18 (Pad with axes)."""
+"""Standard opset of the body and of our models. The body needs 15 (Shape of a part of the sides, CastLike)."""
 
 # Read by TensorRT's ONNX parser: from 10.15 on a node with this attribute becomes the plugin of that namespace
 # where one is registered, and the local function where none is.
@@ -48,7 +48,9 @@ def function_body(kernel_size: int) -> FunctionProto:
 
     ONNX functions cannot loop over an attribute without an (slow) `Loop`, so the kernel_size**2 products are written
     out; `attach_function` refuses models whose nodes disagree with it. Products are summed in float32. Constants are
-    tensors, since ONNX Runtime up to 1.23 forgets the shape of a `value_ints` inside a function.
+    tensors, since ONNX Runtime up to 1.23 forgets the shape of a `value_ints` inside a function. Pad names the borders
+    of all four sides: ONNX Runtime up to 1.32 moves a Pad with `axes` into its NHWC layout wrongly, which breaks 8-bit
+    models and the WebGPU provider.
     """
     area, half = kernel_size**2, kernel_size // 2
     lines = [
@@ -65,9 +67,9 @@ def function_body(kernel_size: int) -> FunctionProto:
         "first_tap = Mul (channel, area)",
         "axes = Constant <value = int64[2] {2, 3}> ()",
         "size = Shape <start = 2, end = 4> (features)",
-        f"border = Constant <value = int64[4] {{{half}, {half}, {half}, {half}}}> ()",
+        f"border = Constant <value = int64[8] {{0, 0, {half}, {half}, 0, 0, {half}, {half}}}> ()",
         "nothing = Constant <value = float {0.0}> ()",
-        "padded = Pad (source, border, nothing, axes)",
+        "padded = Pad (source, border, nothing)",
     ]
     for tap in range(area):
         i, j = divmod(tap, kernel_size)

@@ -8,8 +8,12 @@ from .errors import EnvironmentMismatch
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module can be imported; it is not loaded."""
-    return importlib.util.find_spec(module) is not None
+    """Return whether a module can be imported; it is not loaded.
+
+    A folder without code is not a module: that is what is left when two packages shared it and one was uninstalled.
+    """
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def need(what: str, extra: str, *modules: str) -> None:
@@ -17,3 +21,12 @@ def need(what: str, extra: str, *modules: str) -> None:
     for module in modules:
         if not is_installed(module):
             raise EnvironmentMismatch(f"{what} needs {module}, which is not installed: pip install 'misf[{extra}]'")
+
+
+def need_onnx_runtime(what: str) -> None:
+    """Raise EnvironmentMismatch, which names the two extras that bring it, unless ONNX Runtime is installed."""
+    if not is_installed("onnxruntime"):
+        raise EnvironmentMismatch(
+            f"{what} needs onnxruntime, which is not installed: "
+            "pip install 'misf[cpu]', or 'misf[gpu]' where an NVIDIA GPU is"
+        )

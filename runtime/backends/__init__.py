@@ -1,7 +1,7 @@
 """Backends: one callable per way of running a model. `open_backend` picks the one that fits the file and the machine.
 
     model                      backend       where
-    .onnx                      onnxruntime   CPU, NVIDIA GPU with onnxruntime-gpu
+    .onnx                      onnxruntime   CPU (extra `cpu`), NVIDIA GPU (extra `gpu`)
     .onnx                      openvino      CPU (extra `openvino`); bfloat16 where the processor has it
     .safetensors .pt .pth      pytorch       CPU, NVIDIA GPU (extra `export`): the reference
     .plan .engine .trt         tensorrt      NVIDIA GPU: an engine of misf-build, on TensorRT or TensorRT for RTX
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...plugins.shared.errors import MisfError
-from ...plugins.shared.extras import is_installed, need
+from ...plugins.shared.extras import is_installed, need, need_onnx_runtime
 from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
         return OpenVinoBackend(path, device, precision, threads)
 
     def onnxruntime() -> Backend:
+        need_onnx_runtime(path.name)
         from .onnx_runtime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(path, device, precision, threads)
@@ -104,13 +105,17 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 
 
 def _open_best(path: Path, device: str, openvino: Callable[[], Backend], onnxruntime: Callable[[], Backend]) -> Backend:
-    from .onnx_runtime import has_cuda
+    has_onnx_runtime = is_installed("onnxruntime")
+    if device == "auto" and has_onnx_runtime:
+        from .onnx_runtime import has_cuda
 
-    if device == "auto" and has_cuda():
-        return onnxruntime()
+        if has_cuda():
+            return onnxruntime()
     if is_installed("openvino") and is_installed("onnx"):
         try:
             return openvino()
         except MisfError as error:
+            if not has_onnx_runtime:
+                raise
             log.warning("OpenVINO cannot run %s, ONNX Runtime does instead: %s", path.name, error)
     return onnxruntime()

@@ -29,6 +29,12 @@ def has_cuda() -> bool:
     return CUDA in onnxruntime.get_available_providers()
 
 
+def load_cuda_libraries() -> None:
+    """Load CUDA and cuDNN from pip packages where they are installed: the CUDA provider does not look there."""
+    with contextlib.suppress(AttributeError):  # before ONNX Runtime 1.21
+        onnxruntime.preload_dlls()
+
+
 class OnnxRuntimeBackend:
     """An ONNX file of ours in an ONNX Runtime session. See `Backend` for the call.
 
@@ -93,13 +99,13 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
     if asked and not has_cuda():
         raise EnvironmentMismatch(
             f"device {device} was asked for and this ONNX Runtime has no CUDA provider "
-            f"(only {', '.join(onnxruntime.get_available_providers())}): install onnxruntime-gpu, or use the device cpu"
+            f"(only {', '.join(onnxruntime.get_available_providers())}): "
+            "pip uninstall onnxruntime, then pip install 'misf[gpu]', or use the device cpu"
         )
     if not asked and (device == "cpu" or not has_cuda()):
         return _session(path, [CPU], threads), "cpu"
     index = device_index(device) if asked else 0
-    with contextlib.suppress(AttributeError):  # before ONNX Runtime 1.21
-        onnxruntime.preload_dlls()  # CUDA and cuDNN from pip packages, where they are
+    load_cuda_libraries()
     with contextlib.suppress(ValueError):
         session = _session(path, [(CUDA, _cuda_options(index)), CPU], threads)
         if CUDA in session.get_providers():

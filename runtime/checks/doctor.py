@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 PACKAGES = {
     "numpy": "runtime",
     "pillow": "runtime",
-    "onnxruntime": "runtime on CPU",
-    "onnxruntime-gpu": "runtime on NVIDIA GPUs",
+    "onnxruntime": "runtime on CPU: misf[cpu]",
+    "onnxruntime-gpu": "runtime on NVIDIA GPUs: misf[gpu]",
     "openvino": "faster runtime on CPU",
     "torch": "checkpoints, export, training",
     "onnx": "export",
@@ -104,6 +104,10 @@ def _onnxruntime_op(provider: str) -> Callable[[Array, Array], Array]:
     def run(features: Array, taps: Array) -> Array:
         import onnxruntime
 
+        from ..backends.onnx_runtime import CUDA, load_cuda_libraries
+
+        if provider == CUDA:
+            load_cuda_libraries()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(str(OP_CHECK), options, providers=[provider])
@@ -135,12 +139,13 @@ def op_checks() -> list[OpCheck]:
 
         if torch.cuda.is_available():
             found["pytorch cuda"] = _torch_op("cuda")
-    import onnxruntime
+    if is_installed("onnxruntime"):
+        import onnxruntime
 
-    providers = onnxruntime.get_available_providers()
-    for name, provider in (("onnxruntime cpu", "CPUExecutionProvider"), ("onnxruntime cuda", "CUDAExecutionProvider")):
-        if provider in providers:
-            found[name] = _onnxruntime_op(provider)
+        providers = onnxruntime.get_available_providers()
+        for name, provider in (("cpu", "CPUExecutionProvider"), ("cuda", "CUDAExecutionProvider")):
+            if provider in providers:
+                found[f"onnxruntime {name}"] = _onnxruntime_op(provider)
     if is_installed("openvino") and is_installed("onnx"):
         found["openvino cpu"] = _openvino_op
     return [_check(name, run) for name, run in found.items()]
@@ -168,6 +173,18 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def onnx_runtime_problem() -> str | None:
+    """Return what is wrong where several packages own the module `onnxruntime`: the last one installed is in effect."""
+    owners = sorted(set(packages_distributions().get("onnxruntime", [])))
+    if len(owners) < 2:
+        return None
+    names = " ".join(owners)
+    return (
+        f"{' and '.join(owners)} overwrite each other: pip uninstall {names}, "
+        "then pip install 'misf[cpu]' or 'misf[gpu]', not both"
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -208,7 +225,7 @@ def gpus() -> list[str]:
 def main(as_json: bool) -> int:
     """Say what this machine can do: versions, devices, and whether each backend computes the filter rightly.
 
-    Exit code 1 when a backend that is installed fails or gives wrong numbers.
+    Exit code 1 when a backend that is installed fails or gives wrong numbers, or two ONNX Runtimes are installed.
 
     \b
     Example:
@@ -216,7 +233,7 @@ def main(as_json: bool) -> int:
     """
     from .engine_checks import engine_checks, plugin_checks
 
-    checks, about, installed = op_checks(), machine(), versions()
+    checks, about, installed, conflict = op_checks(), machine(), versions(), onnx_runtime_problem()
     engines, plugins = engine_checks(OP_CHECK, *op_inputs(), expected_output), plugin_checks()
     if as_json:
         print_json(
@@ -224,19 +241,22 @@ def main(as_json: bool) -> int:
                 "misf": misf_version(),
                 "machine": about,
                 "packages": installed,
+                "onnx_runtime_problem": conflict,
                 "op": [{**asdict(check), "ok": check.ok} for check in checks],
                 "engines": [{**asdict(engine), "ok": engine.ok} for engine in engines],
                 "plugins": [asdict(plugin) for plugin in plugins],
             }
         )
     else:
-        _print(checks, about, installed)
+        _print(checks, about, installed, conflict)
         _print_engines(engines, plugins)
     fine = all(check.ok for check in checks) and all(engine.ok for engine in engines)
-    return 0 if fine and not any(plugin.problem for plugin in plugins) else FAILURE
+    return 0 if fine and not conflict and not any(plugin.problem for plugin in plugins) else FAILURE
 
 
-def _print(checks: list[OpCheck], about: dict[str, Any], installed: dict[str, str | None]) -> None:
+def _print(
+    checks: list[OpCheck], about: dict[str, Any], installed: dict[str, str | None], conflict: str | None
+) -> None:
     click.echo(f"misf {misf_version()}, Python {about['python']} at {sys.executable}")
     click.echo(f"{about['system']}; {about['processor']}, {about['cores']} cores ({' '.join(about['cpu_features'])})")
     for gpu in about["gpus"] or ["none found (nvidia-smi)"]:
@@ -244,7 +264,11 @@ def _print(checks: list[OpCheck], about: dict[str, Any], installed: dict[str, st
     click.echo("\nPackages")
     for name, purpose in PACKAGES.items():
         click.echo(f"  {name:18} {installed[name] or '-':14} {purpose}")
+    if conflict:
+        click.echo(f"  FAILED: {conflict}")
     click.echo("\nThe dynamic filter against its definition")
+    if not checks:
+        click.echo("  no backend is installed: pip install 'misf[cpu]', or 'misf[gpu]' where an NVIDIA GPU is")
     for check in checks:
         verdict = f"ok, largest error {check.max_abs:.1e}" if check.ok else f"FAILED: {check.problem}"
         click.echo(f"  {check.backend:18} {verdict}")

@@ -14,10 +14,13 @@ import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from onnxruntime import quantization
 
+from misf import training
 from misf.export import exporter, precision
 from misf.export.export_cli import main
 from misf.export.onnx_model import complete_model, core_model
+from misf.plugins.dynamic_filter import onnx_op
 from misf.runtime.checks import accuracy
 from misf.training import PRESETS, load_model
 from misf.training.model.checkpoint import load_checkpoint, save_checkpoint
@@ -60,6 +63,26 @@ def test_reference_evaluator_runs_the_file(tiny_onnx: Path) -> None:
     model = onnx.load(tiny_onnx)
     result = ReferenceEvaluator(model).run(None, {"image": image, "mask": mask})[0]
     np.testing.assert_allclose(result, run(tiny_onnx, image, mask), rtol=0, atol=1e-4)
+
+
+def test_the_small_network_in_eight_bits_runs(tmp_path: Path) -> None:
+    """ONNX Runtime computes 8-bit convolutions in NHWC, and moves that layout into the filter's body."""
+    network = load_model(Path(training.__file__).parent / "weights" / "misf-small.safetensors")
+    float32, eight_bits = tmp_path / "float32.onnx", tmp_path / "eight_bits.onnx"
+    onnx.save(complete_model(core_model(network), network.config), float32)
+    # As in a user's process: with the exporter's schema, onnx would not infer types through the function body.
+    onnx.defs.deregister_schema(onnx_op.OP_TYPE, onnx_op.DOMAIN_VERSION, onnx_op.DOMAIN)
+    image, mask = picture_and_mask(1, 48, 64)
+    feeds = iter([{"image": image, "mask": mask}])
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(feeds, None)
+
+    types = {"activation_type": quantization.QuantType.QUInt8, "quant_format": quantization.QuantFormat.QDQ}
+    quantization.quantize_static(float32, eight_bits, Reader(), **types)
+    difference = np.abs(run(eight_bits, image, mask) - run(float32, image, mask))[:, :, mask[0, 0] > 0.5]
+    assert 0 < difference.mean() < 0.1
 
 
 def test_nan_under_the_mask_does_not_spread(tiny_onnx: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 from skimage import data
 
 from misf.plugins.shared.errors import EnvironmentMismatch, MisfError
+from misf.plugins.shared.extras import is_installed
 from misf.runtime import Inpainter, inpainter, memory
 from misf.runtime.backends import onnx_runtime, open_backend
 from misf.runtime.backends.contract import BACKENDS
@@ -396,6 +398,29 @@ def test_auto_takes_what_is_installed_and_says_so(
     checkpoint.write_bytes(b"x")
     with pytest.raises(EnvironmentMismatch, match=r"needs torch, which is not installed: pip install 'misf\[export\]'"):
         open_backend(checkpoint)
+
+
+def test_without_onnx_runtime_the_error_names_both_extras(model: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # importing it now fails
+    monkeypatch.delitem(sys.modules, onnx_runtime.__name__)
+    absent, find = {"onnxruntime"}, importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else find(name, *rest))
+    assert open_backend(model).name == "openvino"
+    absent.add("openvino")
+    needs = r"mean.onnx needs onnxruntime, .* pip install 'misf\[cpu\]', or 'misf\[gpu\]' where"
+    with pytest.raises(EnvironmentMismatch, match=needs):
+        open_backend(model)
+    with pytest.raises(EnvironmentMismatch, match=needs):
+        open_backend(model, "onnxruntime", "cuda")
+
+
+def test_a_module_that_left_an_empty_folder_is_not_installed(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "left_behind" / "capi").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("left_behind")
+    (tmp_path / "left_behind" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert is_installed("left_behind")
 
 
 def test_a_precision_that_one_backend_has_decides_what_auto_takes(

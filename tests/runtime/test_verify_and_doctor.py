@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 
@@ -103,7 +106,7 @@ def test_verify_refuses_another_model(tiny_onnx: Path, tiny_checkpoint: Path, tm
     assert result.exit_code == 3
     assert json.loads(result.stdout)["passed"] is False
     assert "differs too much" in result.stderr
-    loose = invoke(verify, tmp_path / "wrong.onnx", *arguments, "--min-psnr", "10")
+    loose = invoke(verify, tmp_path / "wrong.onnx", *arguments, "--min-psnr", "10", "--max-abs", "1")
     assert loose.exit_code == 0
 
 
@@ -152,6 +155,37 @@ def test_doctor_notices_wrong_numbers_and_crashes(monkeypatch: pytest.MonkeyPatc
     assert problems["pytorch cpu"].startswith("wrong numbers")
     assert problems["onnxruntime cpu"] == "RuntimeError: no such provider"
     assert problems["openvino cpu"] is None
+
+
+def test_doctor_runs_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # importing it now fails
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    result = invoke(doctor.main, "--json")
+    assert result.exit_code == 0, result.output
+    assert {check["backend"].split()[0] for check in json.loads(result.stdout)["op"]} == {"pytorch", "openvino"}
+
+
+def test_doctor_loads_the_cuda_libraries_before_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them the provider of misf[gpu] never starts, whatever GPU there is."""
+    loaded: list[str] = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("CUDA"))
+    with pytest.raises(RuntimeError, match="listed but does not start"), pytest.warns(UserWarning, match="CUDAExec"):
+        doctor._onnxruntime_op("CUDAExecutionProvider")(*doctor.op_inputs())
+    assert loaded == ["CUDA"]
+
+
+def test_doctor_names_two_onnx_runtimes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pip leaves when both packages are installed: a second distribution that says it owns the module."""
+    assert doctor.onnx_runtime_problem() is None
+    metadata = tmp_path / "onnxruntime_gpu-1.31.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    (metadata / "top_level.txt").write_text("onnxruntime\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = invoke(doctor.main)
+    assert result.exit_code == 1
+    assert "onnxruntime and onnxruntime-gpu overwrite each other: pip uninstall onnxruntime onnxr" in result.stdout
 
 
 def test_shipped_op_model_is_what_the_code_makes() -> None:
