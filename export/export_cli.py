@@ -138,7 +138,7 @@ def main(
 def _export(
     checkpoint: Path, official: bool, output: Path, precision: str, calibration: Path | None, range_limit: float
 ) -> ExportReport:
-    need("misf-export", "export", "torch", "onnx", "onnxscript")
+    need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
     need_onnx_runtime("misf-export")
     from ..runtime.checks.accuracy import load_photographs
     from ..training.model.checkpoint import load_checkpoint

@@ -21,8 +21,9 @@ from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
 from ..runtime.checks import accuracy
 from ..training.model.checkpoint import Checkpoint, build_model
 from ..training.model.network import InpaintingNetwork, network_input
+from .model_types import float_types
 from .onnx_model import complete_model, core_model
-from .precision import RANGE_LIMIT, float32_layers, float_types, to_float16, value_ranges
+from .precision import RANGE_LIMIT, float32_layers, to_float16, value_ranges
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, inliner
 
 from ..plugins.dynamic_filter import onnx_op
 
@@ -21,12 +23,15 @@ FLOAT32_OPS = frozenset({"InstanceNormalization", "ReduceMean"})
 RANGE_LIMIT = 8192.0
 """Layers that make or read larger values on the calibration pictures stay float32: an eighth of float16's range."""
 
-# Inputs that are float32 (or integers) whatever the type of the rest: Resize's roi and scales.
 _UNTYPED_INPUTS = {"Resize": {1, 2}}
+"""Inputs that are float32 whatever the type of the rest: Resize's roi and scales."""
+
+_UNTYPED_OPS = frozenset({"Cast", "Shape", "Size"})
+"""They take every type, and what they make does not depend on it."""
 
 
 def value_ranges(core: ModelProto, inputs: Iterable[NDArray[np.float32]]) -> dict[str, float]:
-    """Return the largest absolute value of every tensor that the nodes of `core` make, over the calibration inputs.
+    """Return the largest absolute value of every float32 tensor that the nodes of `core` make, over the inputs.
 
     Args:
         core: float32 graph with one input; run on ONNX Runtime's CPU provider.
@@ -35,31 +40,26 @@ def value_ranges(core: ModelProto, inputs: Iterable[NDArray[np.float32]]) -> dic
     """
     import onnxruntime as ort
 
-    probe = ModelProto()
-    probe.CopyFrom(core)
+    graph = _surgeon(core)
+    names = [tensor.name for node in graph.nodes for tensor in node.outputs if tensor.dtype == np.float32]
+    tensors, graph.outputs = graph.tensors(), []
+    for index, name in enumerate(names):
+        size, largest = (gs.Variable(f"probe{index}{suffix}", np.float32) for suffix in ("_abs", ""))
+        graph.nodes.append(gs.Node("Abs", inputs=[tensors[name]], outputs=[size]))
+        graph.nodes.append(gs.Node("ReduceMax", attrs={"keepdims": 0}, inputs=[size], outputs=[largest]))
+        graph.outputs.append(largest)
+    probe = gs.export_onnx(graph)
     onnx_op.attach_function(probe)
-    tensors = [name for node in core.graph.node for name in node.output]
-    for index, name in enumerate(tensors):
-        probe.graph.node.extend(
-            [
-                helper.make_node("Abs", [name], [f"probe{index}_abs"]),
-                helper.make_node("ReduceMax", [f"probe{index}_abs"], [f"probe{index}"], keepdims=0),
-            ]
-        )
-    del probe.graph.output[:]
-    probe.graph.output.extend(
-        helper.make_tensor_value_info(f"probe{index}", TensorProto.FLOAT, []) for index in range(len(tensors))
-    )
     options = ort.SessionOptions()
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    largest = np.zeros(len(tensors))
+    ranges = np.zeros(len(names))
     for value in inputs:
-        found = session.run(None, {core.graph.input[0].name: value})
+        found = session.run(None, {graph.inputs[0].name: value})
         # maximum() keeps NaN: a layer that makes NaN has no range and must not pass for small.
-        largest = np.maximum(largest, np.array(found, dtype=np.float64))
-    return dict(zip(tensors, largest.tolist(), strict=True))
+        ranges = np.maximum(ranges, np.array(found, dtype=np.float64))
+    return dict(zip(names, ranges.tolist(), strict=True))
 
 
 def float32_layers(core: ModelProto, ranges: dict[str, float], limit: float = RANGE_LIMIT) -> dict[str, float]:
@@ -67,14 +67,12 @@ def float32_layers(core: ModelProto, ranges: dict[str, float], limit: float = RA
 
     Instance norms, which always stay, are not among them.
     """
-    weights = {tensor.name: float(np.abs(numpy_helper.to_array(tensor)).max(initial=0)) for tensor in _floats(core)}
-    ranges = {**ranges, **weights}
     kept = {}
-    for node in core.graph.node:
-        untyped = _UNTYPED_INPUTS.get(node.op_type, set())
-        touched = [name for index, name in enumerate(node.input) if index not in untyped] + list(node.output)
-        largest = max((ranges.get(name, 0.0) for name in touched), key=lambda value: np.nan_to_num(value, nan=np.inf))
-        if node.op_type not in FLOAT32_OPS and not largest <= limit:
+    for node in _surgeon(core).nodes:
+        touched = [*_typed_inputs(node).values(), *node.outputs]
+        values = [_largest(tensor, ranges) for tensor in touched]
+        largest = max(values, default=0.0, key=lambda value: np.nan_to_num(value, nan=np.inf))
+        if node.op not in FLOAT32_OPS and not largest <= limit:
             kept[node.name] = largest
     return kept
 
@@ -83,70 +81,82 @@ def to_float16(core: ModelProto, keep_float32: Iterable[str] = ()) -> ModelProto
     """Return `core` typed float16, with casts around the nodes that stay float32; input and output stay float32.
 
     Args:
-        core: a float32 graph of one type of floating point.
+        core: a graph whose floating-point tensors are all float32; integers and Booleans stay what they are.
         keep_float32: names of nodes to leave in float32, besides the instance norms.
 
     """
     kept = set(keep_float32)
-    typed = ModelProto()
-    typed.CopyFrom(core)
-    graph = typed.graph
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in _floats(core)}
-    types = {value.name: TensorProto.FLOAT for value in graph.input} | dict.fromkeys(weights, TensorProto.FLOAT)
-    others = [tensor for tensor in core.graph.initializer if tensor.name not in weights]
-    initializers: dict[str, TensorProto] = {}
-    casts: dict[tuple[str, int], str] = {}
-    nodes: list[NodeProto] = []
+    graph = _surgeon(core)
+    nodes: list[gs.Node] = []
+    made: dict[tuple[str, type], gs.Tensor] = {}
 
-    def as_type(name: str, wanted: int) -> str:
-        """Return the name of tensor `name` in the wanted type, making the cast or the converted weight once."""
-        if name not in types:
-            return name  # integers
-        if name in weights:
-            converted = name if wanted == TensorProto.FLOAT else f"{name}.float16"
-            value = weights[name] if wanted == TensorProto.FLOAT else weights[name].astype(np.float16)
-            initializers[converted] = numpy_helper.from_array(np.ascontiguousarray(value), converted)
-            return converted
-        if types[name] == wanted:
-            return name
-        if (name, wanted) not in casts:
-            suffix = "float32" if wanted == TensorProto.FLOAT else "float16"
-            casts[name, wanted] = f"{name}.{suffix}"
-            nodes.append(helper.make_node("Cast", [name], [f"{name}.{suffix}"], f"{name}.to_{suffix}", to=wanted))
-        return casts[name, wanted]
+    def as_type(tensor: gs.Tensor, wanted: type) -> gs.Tensor:
+        """Return the tensor in the wanted type, making the cast or the converted weight once."""
+        if tensor.dtype == wanted:
+            return tensor
+        key = tensor.name, wanted
+        if key not in made:
+            suffix = np.dtype(wanted).name
+            name = f"{tensor.name}.{suffix}"
+            if isinstance(tensor, gs.Constant):
+                made[key] = gs.Constant(name, tensor.values.astype(wanted))
+            else:
+                made[key] = gs.Variable(name, wanted)
+                to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(wanted))
+                nodes.append(gs.Node("Cast", f"{tensor.name}.to_{suffix}", {"to": to}, [tensor], [made[key]]))
+        return made[key]
 
-    for node in graph.node:
-        float32 = node.op_type in FLOAT32_OPS or node.name in kept
-        wanted = TensorProto.FLOAT if float32 else TensorProto.FLOAT16
-        untyped = _UNTYPED_INPUTS.get(node.op_type, set())
-        node.input[:] = [
-            as_type(name, TensorProto.FLOAT if index in untyped else wanted) if name else name
-            for index, name in enumerate(node.input)
-        ]
-        types |= dict.fromkeys(node.output, wanted)
+    for node in list(graph.nodes):
+        wanted = np.float32 if node.op in FLOAT32_OPS or node.name in kept else np.float16
+        floats = _typed_inputs(node)
+        for index, tensor in enumerate(node.inputs):
+            if index in floats:
+                node.inputs[index] = as_type(tensor, wanted)
+            elif tensor.dtype == np.float16 and node.op not in _UNTYPED_OPS:
+                node.inputs[index] = as_type(tensor, np.float32)
+        for tensor in node.outputs:
+            if floats and tensor.dtype == np.float32:
+                tensor.dtype = wanted
         nodes.append(node)
-    result = graph.output[0].name
-    if types[result] != TensorProto.FLOAT:
-        for node in nodes:
-            node.input[:] = [f"{result}.float16" if name == result else name for name in node.input]
-            node.output[:] = [f"{result}.float16" if name == result else name for name in node.output]
-        nodes.append(helper.make_node("Cast", [f"{result}.float16"], [result], f"{result}.to_float32", to=1))
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend([*others, *initializers.values()])
+    [result] = graph.outputs
+    if result.dtype == np.float16:
+        name, result.name = result.name, f"{result.name}.float16"
+        finished = gs.Variable(name, np.float32, result.shape)
+        cast = {"to": TensorProto.FLOAT}
+        nodes.append(gs.Node("Cast", f"{name}.to_float32", cast, [result], [finished]))
+        graph.outputs = [finished]
+    graph.nodes = nodes
+    typed: ModelProto = gs.export_onnx(graph.cleanup())
     return typed
 
 
-def float_types(model: ModelProto) -> dict[str, int]:
-    """Return how many convolutions run in each floating-point type, by the types of their weights."""
-    names = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.op_type in ("Conv", "ConvTranspose"):
-            name = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}[names[node.input[1]]]
-            counts[name] = counts.get(name, 0) + 1
-    return counts
+def _surgeon(core: ModelProto) -> gs.Graph:
+    """Return a copy of `core` that knows the type of every tensor and holds what Constant nodes make as weights."""
+    complete = ModelProto()
+    complete.CopyFrom(core)
+    onnx_op.attach_function(complete)
+    # Inlined, since onnx asks the schema of an op that it knows, and ours infers nothing.
+    inferred = onnx.shape_inference.infer_shapes(inliner.inline_local_functions(complete)).graph.value_info
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred}
+    graph = gs.import_onnx(core).fold_constants().cleanup()
+    for name, tensor in graph.tensors().items():
+        if isinstance(tensor, gs.Variable) and name in types:
+            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name])
+        elif isinstance(tensor, gs.Constant) and tensor.dtype == np.float64:  # graphsurgeon's reading of value_float
+            tensor.values = tensor.values.astype(np.float32)
+    return graph
 
 
-def _floats(model: ModelProto) -> list[TensorProto]:
-    return [tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT]
+def _typed_inputs(node: gs.Node) -> dict[int, gs.Tensor]:
+    """Return the inputs of a node that have the type in which it computes, by their number."""
+    if node.op in _UNTYPED_OPS:
+        return {}
+    untyped = _UNTYPED_INPUTS.get(node.op, set())
+    floats = (np.float32, np.float16)
+    return {index: t for index, t in enumerate(node.inputs) if index not in untyped and t.dtype in floats}
+
+
+def _largest(tensor: gs.Tensor, ranges: dict[str, float]) -> float:
+    if isinstance(tensor, gs.Constant):
+        return float(np.abs(tensor.values).max(initial=0))
+    return ranges.get(tensor.name, 0.0)

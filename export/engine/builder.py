@@ -29,7 +29,7 @@ from ...runtime.engines.cudart import CudaError, CudaRuntime, gpu_name
 from ...runtime.engines.flavors import Flavor, load_flavor, logger_of, reason, use_plugin
 from ...runtime.engines.inspector import inspect, inspected_layers, inspected_proof
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
-from ..precision import float_types
+from ..model_types import float_types
 from .monitor import cancellable, make_monitor
 
 log = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from onnxruntime import quantization
 from misf import training
 from misf.export import exporter, precision
 from misf.export.export_cli import main
+from misf.export.model_types import float_types
 from misf.export.onnx_model import complete_model, core_model
 from misf.plugins.dynamic_filter import onnx_op
 from misf.runtime.checks import accuracy
@@ -178,13 +181,55 @@ def test_float16_typing() -> None:
     onnx.checker.check_model(typed, full_check=True)
     types = types_of(typed)
     assert (types["y"], types["z"]) == (half, full)
-    assert precision.float_types(typed) == {"fp16": 2}
+    assert float_types(typed) == {"fp16": 2}
     assert [value.type.tensor_type.elem_type for value in (*typed.graph.input, *typed.graph.output)] == [full, full]
     kept = precision.to_float16(toy_core(), ["conv_a"])
     assert types_of(kept)["y"] == full
-    assert precision.float_types(kept) == {"fp32": 1, "fp16": 1}
+    assert float_types(kept) == {"fp32": 1, "fp16": 1}
     # Norm after a float32 layer needs no cast in between.
     assert [node.op_type for node in kept.graph.node] == ["Conv", "InstanceNormalization", "Cast", "Conv", "Cast"]
+
+
+def test_integers_and_constant_nodes_keep_their_types() -> None:
+    core = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        toy (float[n, 4, h, w] x) => (float[n, 4, h, w] out) {
+            two = Constant <value = float {2.0}> ()
+            million = Constant <value_float = 1e6> ()
+            axes = Constant <value_ints = [2, 3]> ()
+            size = Shape <start = 2> (x)
+            sides = Cast <to = 1> (size)
+            half = Div (sides, two)
+            small = Cast <to = 7> (half)
+            doubled = Mul (x, two)
+            shrunk = Resize <mode = "nearest", axes = [2, 3]> (doubled, , , small)
+            grown = Resize <mode = "nearest", axes = [2, 3]> (shrunk, , , size)
+            mean = ReduceMean (grown, axes)
+            large = Mul (mean, million)
+            positive = Greater (large, two)
+            out = Where (positive, grown, mean)
+        }
+    """)
+    for node in core.graph.node:
+        node.name = node.output[0]
+    x = np.random.default_rng(0).random((2, 4, 6, 10), dtype=np.float32)
+    ranges = precision.value_ranges(core, [x])
+    assert ranges["doubled"] == 2 * x.max()
+    assert not {"size", "small", "positive"} & set(ranges)
+    kept = precision.float32_layers(core, ranges)
+    assert list(kept) == ["large", "positive"]  # positive reads it
+    typed = precision.to_float16(core, kept)
+    onnx.checker.check_model(typed, full_check=True)
+    types = types_of(typed)
+    wanted = {"size": "INT64", "small": "INT64", "positive": "BOOL", "shrunk": "FLOAT16", "large": "FLOAT"}
+    assert {name: TensorProto.DataType.Name(types[name]) for name in wanted} == wanted
+    expected, found = (ReferenceEvaluator(model).run(None, {"x": x})[0] for model in (core, typed))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-3)
+
+
+def test_building_engines_needs_only_what_its_extra_brings() -> None:
+    code = "import sys, misf.export.engine.builder; print({'torch', 'onnx_graphsurgeon'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 def invoke(*arguments: str | Path) -> Any:
