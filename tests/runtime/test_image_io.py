@@ -18,6 +18,7 @@ from misf.runtime.pictures.canvas import ArrayCanvas, PillowCanvas
 from misf.runtime.pictures.geometry import Box
 from misf.runtime.pictures.image_io import open_mask, open_picture, output_format
 from misf.runtime.pictures.masks import check_mask, mask_from_array, mask_from_image, resized_mask
+from misf.runtime.pictures.metadata import add_to_png
 
 RNG = np.random.default_rng(11)
 HEIGHT, WIDTH = 24, 40
@@ -99,7 +100,8 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, channels: int) -> None:
     pixels = RNG.integers(0, 65536, (HEIGHT, WIDTH, channels), dtype=np.uint16)
     plain = io.BytesIO()
     Image.new("L", (1, 1)).save(plain, "PNG", dpi=(300, 300), icc_profile=SRGB)
-    (tmp_path / "in.png").write_bytes(png16.encode(pixels, like=plain.getvalue()))
+    extra = [one for one in png16.chunks(plain.getvalue()) if one[0] in (b"iCCP", b"pHYs")]
+    (tmp_path / "in.png").write_bytes(add_to_png(png16.encode(pixels), extra))
     output = _fill(tmp_path / "in.png")
     result = _decode_16_bit_png(output.read_bytes())
     np.testing.assert_array_equal(result[~HOLE], pixels[~HOLE])
@@ -123,10 +125,8 @@ def test_sixteen_bit_grey_is_what_pillow_reads(tmp_path: Path) -> None:
 
 def test_sixteen_bits_are_reduced_with_a_warning_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pixels = RNG.integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
-    plain = io.BytesIO()
-    Image.new("L", (1, 1)).save(plain, "PNG")
     path = tmp_path / "in.png"
-    path.write_bytes(png16.encode(pixels, like=plain.getvalue()))
+    path.write_bytes(png16.encode(pixels))
     with caplog.at_level(logging.WARNING, "misf"):
         assert _loaded(_fill(path, tmp_path / "out.webp")).mode == "RGB"
     assert "16 bits a channel and WEBP holds 8" in caplog.text
