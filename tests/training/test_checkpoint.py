@@ -100,7 +100,11 @@ def wrong_files() -> dict[str, tuple[Any, bool, str]]:
         "empty.pt": (b"", False, "is empty"),
         "text.pt": (b"weights go here", False, "not a PyTorch checkpoint"),
         "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", False, "not a whole safetensors"),
-        "no_config.safetensors": (struct.pack("<Q", len(header)) + header + bytes(36), False, "no misf config"),
+        "no_config.safetensors": (
+            struct.pack("<Q", len(header)) + header + bytes(36),
+            False,
+            "holds weights of another model",
+        ),
         "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", False, "not a whole safetensors"),
         "list.pt": ([1, 2], False, "holds a list"),
         "discriminator.pth": ({"discriminator": state}, True, "discriminator.*generator's file"),
