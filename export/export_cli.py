@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--inline-functions",
     is_flag=True,
-    help="Write the dynamic filter as plain nodes, for readers that know no ONNX functions: OpenVINO's, OpenCV's. "
+    help="Write the dynamic filter as plain nodes, for readers that know no ONNX functions, such as OpenVINO's own. "
     "Not for engines.",
 )
 @engine_options

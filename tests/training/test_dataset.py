@@ -283,3 +283,12 @@ def test_the_cache_has_a_limit(tree: Path) -> None:
     assert pictures.preload(threads=1) == 6
     kept = [pictures.get(index) is pictures.get(index) for index in range(6)]
     assert kept == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pictures_of_32_bit_numbers_are_reported_not_black(
+    tmp_path: Path, kind: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(np.full((8, 8), 200, kind)).save(tmp_path / "deep.tif")
+    assert Pictures([tmp_path / "deep.tif"]).get(0) is None
+    assert "32-bit numbers" in caplog.text
