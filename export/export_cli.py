@@ -144,7 +144,7 @@ def _export(
     precision: str,
     calibration: Path | None,
     range_limit: float,
-    inline: bool,
+    inline: bool = False,
 ) -> ExportReport:
     for module in ("torch", "onnx", "onnxscript"):
         if importlib.util.find_spec(module) is None:

@@ -103,6 +103,13 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Over it is hole.")
 @click.option("--invert-mask", is_flag=True, help="Black is the hole instead of white.")
 @click.option("--resize-mask", is_flag=True, help="Resize a mask of another size to the picture's.")
+@click.option(
+    "--grow-mask",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="PIXELS",
+    help="Fill so many pixels around the hole too: what a soft edge leaves of an object.",
+)
 @click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
@@ -124,6 +131,7 @@ def main(
     mask_threshold: int,
     invert_mask: bool,
     resize_mask: bool,
+    grow_mask: int,
     mask_from_alpha: bool,
     concat: bool,
     force: bool,
@@ -163,7 +171,7 @@ def main(
         precision=precision,
         threads=threads,
     )
-    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha)
+    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha, grow_mask)
     chosen = inpainter.backend
     try:
         _run(Batch(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)

@@ -17,7 +17,7 @@ from misf.runtime.pictures import png16
 from misf.runtime.pictures.canvas import ArrayCanvas, PillowCanvas
 from misf.runtime.pictures.geometry import Box
 from misf.runtime.pictures.image_io import open_mask, open_picture, output_format
-from misf.runtime.pictures.masks import check_mask, mask_from_array, mask_from_image, resized_mask
+from misf.runtime.pictures.masks import check_mask, grown_mask, mask_from_array, mask_from_image, resized_mask
 from misf.runtime.pictures.metadata import add_to_png
 
 RNG = np.random.default_rng(11)
@@ -361,6 +361,14 @@ def test_masks_of_another_size_or_type() -> None:
         mask_from_array(HOLE.astype(np.uint8))
     with pytest.raises(ValueError, match="expected a mask of shape H,W and uint8"):
         mask_from_array(HOLE.astype(np.float32))
+
+
+def test_a_grown_mask_reaches_so_many_pixels_and_no_further() -> None:
+    rows, columns = np.mgrid[:21, :31]
+    dot = (rows == 9) & (columns == 14)
+    for pixels in (0, 1, 4):
+        np.testing.assert_array_equal(grown_mask(dot, pixels), (rows - 9) ** 2 + (columns - 14) ** 2 <= pixels**2)
+    assert not grown_mask(np.zeros((4, 4), np.bool_), 3).any()
 
 
 # Canvases
