@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,8 @@ def test_official_weights_load_from_safetensors_and_from_a_compiled_network(tmp_
 
 
 def test_torchscript_is_told_as_what_it_is(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch gives TorchScript up
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
     with pytest.raises(MisfError, match="is a TorchScript file, which is a program"):
         load_checkpoint(tmp_path / "script.pt")
