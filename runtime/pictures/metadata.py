@@ -109,13 +109,16 @@ def read_metadata(name: str, image: Image.Image, data: bytes) -> Metadata:
 
 def png_for_decoder(data: bytes) -> bytes:
     """Return a PNG with what makes its pixels and, of EXIF, the orientation: no text can stop the decoder."""
-    parts = [png16.SIGNATURE]
+    parts, position = [png16.SIGNATURE], len(png16.SIGNATURE)
     for kind, body in png16.chunks(data):
+        end = position + 12 + len(body)
         if kind == b"eXIf":
             orientation = Metadata(body).orientation
-            body = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
-        if kind in DECODED_CHUNKS or kind in (b"acTL", b"fcTL", b"fdAT"):
-            parts.append(png16.chunk(kind, body))
+            exif = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
+            parts.append(png16.chunk(kind, exif))
+        elif kind in DECODED_CHUNKS or kind in (b"acTL", b"fcTL", b"fdAT"):
+            parts.append(data[position:end])  # with its checksum, so that damage shows
+        position = end
     whole = data.endswith(b"IEND\xaeB`\x82")
     return b"".join(parts) if whole else data
 
