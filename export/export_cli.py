@@ -59,6 +59,12 @@ log = logging.getLogger(__name__)
     show_default=True,
     help="Layers with larger values on the calibration pictures stay float32.",
 )
+@click.option(
+    "--inline-functions",
+    is_flag=True,
+    help="Write the dynamic filter as plain nodes, for readers that know no ONNX functions, such as OpenVINO's own. "
+    "Not for engines.",
+)
 @engine_options
 @click.option("--force", is_flag=True, help="Replace existing files that -o did not name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -73,6 +79,7 @@ def main(
     output: Path | None,
     calibration: Path | None,
     range_limit: float,
+    inline_functions: bool,
     force: bool,
     as_json: bool,
     **engine: Any,
@@ -99,6 +106,10 @@ def main(
         if output.exists() and not force:
             raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
     elif output.suffix.lower() in ENGINES:
+        if inline_functions:
+            raise click.UsageError(
+                "--inline-functions is for an .onnx file: the plugin of an engine needs the function"
+            )
         options = parse_engine_options(engine, precision)
         onnx_file = output.with_suffix(".onnx")
         _put(onnx_file, force, lambda path: _export(checkpoint, official, path, precision, calibration, range_limit))
@@ -113,7 +124,7 @@ def main(
         raise click.UsageError(f"{', '.join(flags)}: for an engine, and {output.name} is none: name it with -o X.plan")
     if output.resolve() == checkpoint.resolve():
         raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
-    report = _export(checkpoint, official, output, precision, calibration, range_limit)
+    report = _export(checkpoint, official, output, precision, calibration, range_limit, inline_functions)
     if as_json:
         print_json(
             {
@@ -136,7 +147,13 @@ def main(
 
 
 def _export(
-    checkpoint: Path, official: bool, output: Path, precision: str, calibration: Path | None, range_limit: float
+    checkpoint: Path,
+    official: bool,
+    output: Path,
+    precision: str,
+    calibration: Path | None,
+    range_limit: float,
+    inline: bool = False,
 ) -> ExportReport:
     need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
     need_onnx_runtime("misf-export")
@@ -145,7 +162,8 @@ def _export(
     from .exporter import export_onnx
 
     photographs = load_photographs(calibration) if calibration else None
-    return export_onnx(load_checkpoint(checkpoint, official=official), output, precision, photographs, range_limit)
+    loaded = load_checkpoint(checkpoint, official=official)
+    return export_onnx(loaded, output, precision, photographs, range_limit, inline)
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:

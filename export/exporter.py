@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import torch
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -50,6 +51,7 @@ def export_onnx(
     precision: str = "fp32",
     photographs: Sequence[NDArray[np.uint8]] | None = None,
     range_limit: float = RANGE_LIMIT,
+    inline: bool = False,
 ) -> ExportReport:
     """Write `output` and return the report of its check against PyTorch.
 
@@ -59,6 +61,8 @@ def export_onnx(
         precision: "fp32" or "fp16".
         photographs: uint8 H,W,3 pictures for calibration and check; the shipped samples by default.
         range_limit: layers that see larger values on the photographs stay float32.
+        inline: write the nodes of the dynamic filter in place of calls to a function, for readers that know none.
+            TensorRT's plugin is found by that call, so such a file is not for engines.
 
     Raises:
         AccuracyError: the file differs from PyTorch by more than its precision allows; nothing is written.
@@ -80,6 +84,8 @@ def export_onnx(
             core = to_float16(core, kept)
         model = complete_model(core, network.config)
         _describe(model, checkpoint, precision, kept)
+        if inline:
+            model = onnx.inliner.inline_local_functions(model)
         onnx.checker.check_model(model, full_check=True)
         temporary.write_bytes(model.SerializeToString())
         log.info("checking against PyTorch")

@@ -13,6 +13,7 @@ checks/        misf-verify and misf-doctor
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..plugins.shared.errors import AccuracyError, EnvironmentMismatch, MisfError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .inpainter import FillReport, Inpainter
 
 __all__ = ["AccuracyError", "EnvironmentMismatch", "FillReport", "Inpainter", "MisfError", "open_backend"]
+
+# Read when ONNX Runtime is imported, which every part of misf does after this: from 1.29 on it would send telemetry.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

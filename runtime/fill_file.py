@@ -21,7 +21,7 @@ from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
 from .pictures.geometry import Box, Mask
 from .pictures.image_io import open_mask, open_picture, output_format
-from .pictures.masks import THRESHOLD, mask_from_image, resized_mask
+from .pictures.masks import THRESHOLD, grown_mask, mask_from_image, resized_mask
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class MaskSettings:
     invert: bool = False
     resize: bool = False
     from_alpha: bool = False
+    grow: int = 0  # pixels of the picture
 
 
 class Batch:
@@ -69,6 +70,7 @@ class Batch:
         if self._masks.resize and hole.shape != (height, width):
             log.info("the mask is resized to %dx%d", width, height)
             hole = resized_mask(hole, (height, width))
+        hole = grown_mask(hole, self._masks.grow)
         before = _panel(picture.canvas) if self._concat else None
         report = self._inpainter.fill(picture.canvas, hole, progress)
         if mask_path is None:

@@ -30,9 +30,12 @@ class Job:
         return self.output.exists() and not _same_file(self.output, self.image)
 
 
-def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> tuple[list[Job], list[Path]]:
+def plan_jobs(
+    image: Path, mask: Path | None, output: Path | None, follow_links: bool = True
+) -> tuple[list[Job], list[Path]]:
     """Return a job per picture (one for a file, those below a folder in the order of their names), and the files below
-    a folder that are no pictures by their suffix, or links that lead nowhere.
+    a folder that are no pictures by their suffix, or links that lead nowhere. Linked folders are followed once, and
+    not at all where their pictures are below the folder anyway; without `follow_links` they count as no pictures.
 
     Without `output` a file goes to NAME_inpainted.EXT beside it and a folder to IMAGE_inpainted. Raises ValueError
     where no picture is found or the output is of the wrong kind.
@@ -43,7 +46,7 @@ def plan_jobs(image: Path, mask: Path | None, output: Path | None) -> tuple[list
     folder = output or image.with_name(f"{image.resolve().name}_inpainted")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{image} is a folder and the output {folder} is a file: name a folder")
-    pictures, skipped = _pictures(image, mask, folder)
+    pictures, skipped = _pictures(image, mask, folder, follow_links)
     if not pictures:
         raise ValueError(f"{image} holds no pictures: expected files that end in one of {' '.join(FORMATS)}")
     comparisons, index = _comparisons(pictures), None if mask is None else _MaskIndex(mask)
@@ -148,15 +151,27 @@ def check_output(job: Job, mask: Path | None, concat: bool, force: bool) -> None
         raise ValueError(f"{job.output} exists already: pass --force to overwrite it")
 
 
-def _pictures(image: Path, mask: Path | None, output: Path) -> tuple[list[Path], list[Path]]:
+def _pictures(image: Path, mask: Path | None, output: Path, follow_links: bool) -> tuple[list[Path], list[Path]]:
     """Return the pictures below a folder, and its other files, relative to it; no hidden ones, no masks, no outputs."""
     apart = [path.resolve() for path in (mask, output) if path is not None]
     pairs = mask is not None and mask.is_dir() and mask.resolve() == image.resolve()
     found: list[Path] = []
     others: list[Path] = []
-    for folder, folders, names in os.walk(image):
+    seen = {image.resolve()}
+    for folder, folders, names in os.walk(image, followlinks=True):
         here = Path(folder)
-        folders[:] = [name for name in folders if not name.startswith(".") and (here / name).resolve() not in apart]
+        entered = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            real = (here / name).resolve()
+            linked = (here / name).is_symlink()
+            if real in apart or real in seen or (linked and real.is_relative_to(image.resolve())):
+                continue
+            if linked and not follow_links:
+                others.append((here / name).relative_to(image))
+                continue
+            seen.add(real)
+            entered.append(name)
+        folders[:] = entered
         for path in (here / name for name in names if not name.startswith(".")):
             is_mask = (pairs and MASK_NAME.fullmatch(path.stem)) or path.resolve() in apart
             if not is_mask:

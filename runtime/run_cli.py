@@ -102,10 +102,18 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Over it is hole.")
 @click.option("--invert-mask", is_flag=True, help="Black is the hole instead of white.")
 @click.option("--resize-mask", is_flag=True, help="Resize a mask of another size to the picture's.")
+@click.option(
+    "--grow-mask",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="PIXELS",
+    help="Fill so many pixels around the hole too: what a soft edge leaves of an object.",
+)
 @click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option("--skip-existing", is_flag=True, help="Leave finished pictures alone: go on with an interrupted run.")
+@click.option("--no-follow-links", is_flag=True, help="Leave out folders that are links.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     model: Path,
@@ -122,10 +130,12 @@ def main(
     mask_threshold: int,
     invert_mask: bool,
     resize_mask: bool,
+    grow_mask: int,
     mask_from_alpha: bool,
     concat: bool,
     force: bool,
     skip_existing: bool,
+    no_follow_links: bool,
     as_json: bool,
 ) -> int:
     """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
@@ -144,7 +154,7 @@ def main(
     if force and skip_existing:
         raise click.UsageError("--force and --skip-existing contradict each other: give one of them")
     jobs, results = _planned(
-        image, mask, output, skip_existing
+        image, mask, output, skip_existing, not no_follow_links
     )  # before the model is loaded: a wrong path is told at once
 
     from .fill_file import Batch, MaskSettings
@@ -160,7 +170,7 @@ def main(
         precision=precision,
         threads=threads,
     )
-    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha)
+    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha, grow_mask)
     chosen = inpainter.backend
     try:
         _run(Batch(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)
@@ -185,7 +195,9 @@ def main(
     return BATCH_FAILURES if results.failures else 0
 
 
-def _planned(image: Path, mask: Path | None, output: Path | None, skip_existing: bool) -> tuple[list[Job], _Results]:
+def _planned(
+    image: Path, mask: Path | None, output: Path | None, skip_existing: bool, follow_links: bool
+) -> tuple[list[Job], _Results]:
     """Return the jobs to do, and the results with what is not to do."""
     from .jobs import plan_jobs
     from .pictures.image_io import output_format
@@ -195,10 +207,10 @@ def _planned(image: Path, mask: Path | None, output: Path | None, skip_existing:
             output_format(output)
         except ValueError as error:
             raise click.BadParameter(f"{error}, or a folder that exists", param_hint="--output") from error
-    jobs, skipped = plan_jobs(image, mask, output)
+    jobs, skipped = plan_jobs(image, mask, output, follow_links)
     if skipped:
         names = ", ".join(map(str, skipped[:3])) + (", ..." if len(skipped) > 3 else "")
-        log.warning("%d files in %s are skipped, not pictures we read or broken links: %s", len(skipped), image, names)
+        log.warning("%d files in %s are skipped, not pictures we read, or links: %s", len(skipped), image, names)
     finished = [job for job in jobs if skip_existing and job.finished]
     if finished:
         log.info("%d of %d pictures are finished and left alone", len(finished), len(jobs))

@@ -106,7 +106,9 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
             if short_side:
                 opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
             picture: Image.Image = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips at 255
+            if picture.mode in ("I", "F"):  # whether 1, 255 or 65535 is white nobody can tell
+                raise ValueError(f"32-bit numbers (Pillow's mode {picture.mode}) are not supported: save it as 8 bits")
+            if picture.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion clips at 255
                 picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) / 257 + 0.5).astype(np.uint8))
             picture = picture.convert("RGB")
             if short_side and min(picture.size) > short_side:

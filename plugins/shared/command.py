@@ -12,7 +12,9 @@ The function may return its exit code (None is 0). Imports stay light: click onl
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import logging
 import os
@@ -128,6 +130,7 @@ class Command(click.Command):
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run the command and exit with its code."""
+        _prepare_streams()
         run: Callable[..., Any] = super().main
         if not settings.pop("standalone_mode", True):
             return run(*args, standalone_mode=False, **settings)
@@ -180,6 +183,30 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
 def _fail(line: str, code: int) -> NoReturn:
     click.echo(line, err=True)
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Make stdout and stderr places that can always be written to."""
+    # Where stderr was closed, the next file that is opened would be number 2, and get what libraries say there.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error("misf.file_name", _as_in_the_file_system)
+        sys.stdout.reconfigure(errors="misf.file_name")
+
+
+def _as_in_the_file_system(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return the bytes of a file name that stdout's encoding does not know: they are what another program needs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    try:
+        return os.fsencode(error.object[error.start : error.end]), error.end
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def _terminate_by_exception() -> Any:

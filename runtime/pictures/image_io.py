@@ -5,6 +5,7 @@ What happens to each kind (known pixel: one outside the hole):
     grey, grey + alpha, RGB, RGBA, 1 bit   stay as they are; alpha is not touched
     palette                                written as RGB(A), known pixels have the same colours; in a GIF the palette
                                            stays and the hole gets the nearest of its colours
+    a transparent colour (PNG)             becomes an alpha channel
     16-bit grey (PNG, TIFF)                stays 16 bits
     16-bit colour PNG                      stays 16 bits, written as PNG; as JPEG or WebP it is reduced, with a warning
     16-bit colour TIFF, 32-bit numbers     refused: Pillow would drop bits without a word
@@ -12,9 +13,10 @@ What happens to each kind (known pixel: one outside the hole):
     rotated by EXIF                        filled as it is displayed, stored turned as before (TIFF, BMP: upright)
     JPEG                                   written with the tables and the subsampling it had; other input: quality 95
     WebP                                   lossless stays lossless; else quality 95
+    AVIF                                   quality 95, stored upright
     several frames or pages                refused (of an MPO, a phone's JPEG with extras, the main picture is taken)
 
-The EXIF thumbnail is dropped: it would show what was removed.
+What the file says about its picture is carried by metadata.py, without previews: they would show what was removed.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from ...plugins.shared.command import one_line
 from ...plugins.shared.files import written_whole
-from . import png16
+from . import metadata, png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
 from .geometry import Mask
+from .metadata import ORIENTATION, Metadata
 
 log = logging.getLogger(__name__)
 
@@ -50,15 +53,12 @@ FORMATS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
     ".gif": "GIF",
+    ".avif": "AVIF",
 }
-READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 NO_ALPHA = ("JPEG", "BMP", "GIF")
 KEEPS_ORIENTATION = ("PNG", "JPEG", "WEBP")
 LOSSLESS_TIFF = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd", "group4")
-# Chunks that Pillow does not carry over by itself and that hold for any colour type.
-PNG_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"tIME", b"tEXt", b"zTXt", b"iTXt")
-TIFF_TAGS = (270, 271, 272, 305, 306, 315, 33432, 700, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-ORIENTATION = ExifTags.Base.Orientation
 # EXIF orientation to what turns the stored picture into the displayed one; only 6 and 8 are not their own inverse.
 DISPLAYS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,9 +79,10 @@ class Picture:
     canvas: PillowCanvas | ArrayCanvas
     format: str  # that of the file it came from, in Pillow's names
     orientation: int  # EXIF: 1 to 8
-    exif: Image.Exif
+    metadata: Metadata
     info: dict[str, Any]
     data: bytes  # the file it came from
+    name: str  # of that file, for warnings
 
     def make_opaque(self, mask: Mask) -> None:
         """Set alpha to opaque where `mask` is True; a picture without alpha stays as it is."""
@@ -106,52 +107,73 @@ class Picture:
         """Return the bytes of a file in a format of Pillow's name; `changed` as in `save`. Raises ValueError."""
         if not changed and format_ == self.format:
             return self.data
-        turn_back = INVERSE.get(self.orientation, self.orientation) if format_ in KEEPS_ORIENTATION else 1
+        said, same = self.metadata, format_ == self.format
+        keeps = format_ in KEEPS_ORIENTATION
+        turn_back = INVERSE.get(self.orientation, self.orientation) if keeps else 1
+        if turn_back == 1:
+            said = said.upright()
+        self._warn_of_losses(format_)
         if isinstance(self.canvas, ArrayCanvas):
             array = _displayed(self.canvas.array, turn_back)
             if format_ == "PNG" and self.format == "PNG":
-                return png16.encode(array, like=self.data)
+                own = [one for one in png16.chunks(self.data) if one[0] in (b"tRNS", b"pHYs")]
+                return metadata.add_to_png(png16.encode(array), metadata.png_chunks(said, same) + own)
             image = Image.fromarray(array)
-            image.info.update(self.info)
         else:
-            image = self.canvas.image
+            image = self.canvas.image.copy()  # Pillow would write a TIFF's own tags, Photoshop's preview among them
             if turn_back in DISPLAYS:
                 image = image.transpose(DISPLAYS[turn_back])
+        image.info = {key: image.info[key] for key in ("transparency", "background", "comment") if key in image.info}
         buffer = io.BytesIO()
         try:
-            image.save(buffer, format_, **self._options(format_))
+            image.save(buffer, format_, **self._options(format_, said))
         except (OSError, ValueError, SystemError) as error:
             raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
-        return buffer.getvalue()
+        encoded = buffer.getvalue()
+        if format_ == "JPEG":
+            return metadata.add_to_jpeg(self.name, encoded, said)
+        if format_ == "PNG":
+            return metadata.add_to_png(encoded, metadata.png_chunks(said, same))
+        return metadata.add_to_tiff(encoded, said) if format_ == "TIFF" else encoded
 
-    def _options(self, format_: str) -> dict[str, Any]:
+    def _warn_of_losses(self, format_: str) -> None:
+        said = self.metadata
+        lost = ["IPTC"] if said.iptc and format_ not in ("JPEG", "PNG", "TIFF") else []
+        if format_ in ("BMP", "GIF"):
+            lost += [
+                what for what, there in (("EXIF", said.exif), ("XMP", said.xmp), ("the profile", said.icc)) if there
+            ]
+        if format_ != "PNG":
+            texts = [body for kind, body in said.chunks if kind in metadata.TEXT_CHUNKS]
+            lost += [f"the text {body.split(bytes(1))[0].decode('latin-1')}" for body in texts]
+        if lost:
+            log.warning("%s: %s cannot be kept as %s", self.name, ", ".join(lost), format_)
+
+    def _options(self, format_: str, said: Metadata) -> dict[str, Any]:
         """Return the keyword arguments for Pillow's save() that keep what the file had."""
-        options: dict[str, Any] = {key: self.info[key] for key in ("icc_profile", "dpi") if self.info.get(key)}
-        exif = Image.Exif()
-        exif.load(self.exif.tobytes())  # a copy, without the thumbnail
-        if format_ not in KEEPS_ORIENTATION:
-            exif.pop(ORIENTATION, None)
-        if format_ in KEEPS_ORIENTATION and len(exif):
-            options["exif"] = exif.tobytes()
+        options: dict[str, Any] = {}
         same = format_ == self.format
+        if said.icc and format_ in ("JPEG", "WEBP", "TIFF", "AVIF"):
+            options["icc_profile"] = said.icc
+        if _usable_resolution(self.info.get("dpi")):
+            options["dpi"] = self.info["dpi"]
+        if format_ in ("WEBP", "AVIF"):
+            exif = said.exif if format_ == "WEBP" else metadata.without_orientation(said.exif)
+            options |= {key: value for key, value in (("exif", exif), ("xmp", said.xmp)) if value}
         if format_ == "JPEG":
             if same:
-                options |= {key: self.info[key] for key in ("qtables", "subsampling")}
+                options |= {key: self.info[key] for key in ("qtables", "subsampling", "comment") if key in self.info}
                 options["progressive"] = bool(self.info.get("progressive"))
             else:
                 options |= {"quality": 95, "subsampling": 0}
-        if format_ in ("JPEG", "WEBP") and self.info.get("xmp"):
-            options["xmp"] = self.info["xmp"]
         if format_ == "WEBP":
-            lossy = self.format == "JPEG" or (same and b"VP8L" not in _riff_chunks(self.data))
+            lossy = self.format in ("JPEG", "AVIF") or (same and b"VP8L" not in _riff_chunks(self.data))
             options |= {"quality": 95} if lossy else {"lossless": True, "exact": True}
-        if format_ == "PNG" and same:
-            options["pnginfo"] = _png_chunks(self.data)
+        if format_ == "AVIF":
+            options |= {"quality": 95, "subsampling": "4:4:4"}
         if format_ == "TIFF":
-            for tag in [tag for tag in exif if tag not in TIFF_TAGS]:
-                del exif[tag]
             compression = self.info.get("compression") if same else "tiff_adobe_deflate"
-            options |= {"exif": exif, "compression": compression if compression in LOSSLESS_TIFF else "tiff_lzw"}
+            options["compression"] = compression if compression in LOSSLESS_TIFF else "tiff_lzw"
         return options
 
 
@@ -182,10 +204,9 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         raw_mode = png16.raw_mode(image)
         _refuse_deep_tiff(path, image)
         _load(path, image)
-        exif = _exif(path.name, image)
-        orientation = exif.get(ORIENTATION, 1)
-        if orientation not in DISPLAYS:
-            orientation = 1
+        said = metadata.read_metadata(path.name, image, data)
+        orientation = 1 if format_ == "TIFF" else said.orientation  # Pillow turns a TIFF while it reads it
+        info["icc_profile"] = image.info["icc_profile"] = said.icc or None
         if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
             raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
         canvas: PillowCanvas | ArrayCanvas
@@ -194,9 +215,11 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         elif image.mode.startswith("I;16") and _keeps_depth(path, target, ("PNG", "TIFF")):
             canvas = ArrayCanvas(_displayed(np.array(image, np.uint16), orientation))
         else:
-            working = _working_mode(path, image, target, info)
+            if image.mode == "CMYK" and target not in ("JPEG", "TIFF"):
+                said.icc = b""
+            working = _working_mode(path, image, target, data[24] if format_ == "PNG" else 8)
             canvas = PillowCanvas(working.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else working)
-    return Picture(canvas, format_, orientation, exif, info, data)
+    return Picture(canvas, format_, orientation, said, info, data, path.name)
 
 
 def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
@@ -235,11 +258,14 @@ def _opened(path: Path, data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns from 89 megapixels and refuses from 179; a large photograph is no bomb.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=READABLE)
+            shown = metadata.png_for_decoder(data) if data.startswith(png16.SIGNATURE) else data
+            return Image.open(io.BytesIO(shown), formats=READABLE)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture we can read: expected PNG, JPEG, WebP, TIFF, BMP or GIF") from error
+        raise ValueError(
+            f"{path} is not a picture we can read: expected PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"
+        ) from error
 
 
 def _load(path: Path, image: Image.Image) -> None:
@@ -278,15 +304,16 @@ def _keeps_depth(path: Path, target: str, formats: tuple[str, ...]) -> bool:
     return False
 
 
-def _working_mode(path: Path, image: Image.Image, target: str, info: dict[str, Any]) -> Image.Image:
+def _working_mode(path: Path, image: Image.Image, target: str, bits: int) -> Image.Image:
     """Return the picture in the mode in which it is filled and written, every colour unchanged."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("1", "L", "RGB") and "transparency" in image.info:
+        return _with_alpha(image, bits)
     if image.mode in ("P", "PA") and target != "GIF":
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode == "CMYK" and target not in ("JPEG", "TIFF"):
         log.warning("%s is CMYK, which %s cannot hold: converted to RGB", path.name, target)
-        info.pop("icc_profile", None)
         return cmyk_to_srgb(image)
     if image.mode in ("RGBX", "YCbCr") and target not in ("JPEG", "TIFF"):
         return image.convert("RGB")
@@ -297,8 +324,12 @@ def _working_mode(path: Path, image: Image.Image, target: str, info: dict[str, A
 
 def orientation_of(image: Image.Image, name: str) -> int:
     """Return a picture's EXIF orientation, 1 to 8; 1 where it has none, or a damaged one (with a warning)."""
-    orientation = _exif(name, image).get(ORIENTATION, 1)
-    return orientation if orientation in DISPLAYS else 1
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except Exception as error:  # struct.error, SyntaxError, TypeError, ...: as many as ways to be damaged
+        log.warning("%s: its EXIF is damaged, so its orientation is not known: %s", name, one_line(error))
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in DISPLAYS else 1
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
@@ -313,18 +344,16 @@ def as_stored(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(DISPLAYS[turn]) if turn in DISPLAYS else image
 
 
-def _exif(name: str, image: Image.Image) -> Image.Exif:
-    """Return the EXIF that can be written again; where it is damaged, none, with a warning."""
-    try:
-        exif = image.getexif()
-        exif.tobytes()
-        orientation = exif.get(ORIENTATION, 1)
-        if not isinstance(orientation, int):
-            raise TypeError(f"the orientation is {orientation!r:.20}")
-        return exif
-    except Exception as error:  # struct.error, SyntaxError, TypeError, ... : as many as ways to be damaged
-        log.warning("%s: its EXIF is damaged and left out: %s", name, one_line(error))
-        return Image.Exif()
+def _with_alpha(image: Image.Image, bits: int) -> Image.Image:
+    """Return a picture with a transparent colour (PNG's tRNS, in samples of `bits`) as one with an alpha channel."""
+    key = image.info["transparency"]
+    if image.mode == "RGB":
+        return image.convert("RGBA")
+    grey = image.convert("L")
+    scaled = key * 255 // (2**bits - 1) if bits in (2, 4) else key  # Pillow itself scales that of 1 bit
+    result = Image.merge("LA", (grey, grey.point([0 if level == scaled else 255 for level in range(256)])))
+    result.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    return result
 
 
 def _displayed(array: NDArray[Any], orientation: int) -> NDArray[Any]:
@@ -338,12 +367,12 @@ def _displayed(array: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _png_chunks(data: bytes) -> PngImagePlugin.PngInfo:
-    kept = PngImagePlugin.PngInfo()
-    for kind, body in png16.chunks(data):
-        if kind in PNG_CHUNKS:
-            kept.add(kind, body)
-    return kept
+def _usable_resolution(dpi: Any) -> bool:
+    """Return whether it is two numbers that every format can hold."""
+    try:
+        return all(0 < float(number) < 65536 for number in dpi) and len(dpi) == 2
+    except (TypeError, ValueError, ZeroDivisionError):
+        return False
 
 
 def _riff_chunks(data: bytes) -> set[bytes]:

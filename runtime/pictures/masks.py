@@ -62,6 +62,15 @@ def _say_what_is_odd(image: Image.Image, grey: Image.Image, mask: Mask, threshol
         )
 
 
+def grown_mask(mask: Mask, pixels: int) -> Mask:
+    """Return bool H,W: the hole and all that is at most `pixels` from it, counted in a straight line."""
+    if pixels == 0 or not mask.any():
+        return mask
+    from scipy.ndimage import distance_transform_edt
+
+    return np.asarray(distance_transform_edt(~mask) <= pixels)
+
+
 def mask_from_array(array: NDArray[Any]) -> Mask:
     """Return bool H,W, True = hole, from a bool array or one of uint8, over 127 = hole; H,W or H,W,1.
 

@@ -16,7 +16,6 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Grey with alpha has no such pair: its four bytes are read as RGBA and put together again.
 _RAW_MODES = {"RGB;16B": ("RGB;16B", "RGB;16L"), "RGBA;16B": ("RGBA;16B", "RGBA;16L"), "LA;16B": ("RGBA",)}
 _COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # channels to the PNG specification's colour type
-_OWN_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
 def raw_mode(image: Image.Image) -> str | None:
@@ -32,8 +31,8 @@ def decode(data: bytes, raw_mode: str) -> NDArray[np.uint16]:
     return high * np.uint16(256) + low
 
 
-def encode(pixels: NDArray[np.uint16], like: bytes) -> bytes:
-    """Return a PNG file of uint16 H,W or H,W,C with the other chunks (profile, EXIF, text, ...) of the file `like`."""
+def encode(pixels: NDArray[np.uint16]) -> bytes:
+    """Return a PNG file of uint16 H,W or H,W,C."""
     height, width = pixels.shape[:2]
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     rows = np.ascontiguousarray(pixels, dtype=">u2").reshape(height, -1).view(np.uint8)
@@ -42,15 +41,8 @@ def encode(pixels: NDArray[np.uint16], like: bytes) -> bytes:
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     header = struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPES[channels], 0, 0, 0)
-    before: list[bytes] = []
-    after: list[bytes] = []
-    beyond_data = False
-    for kind, body in chunks(like):
-        beyond_data |= kind == b"IDAT"
-        if kind not in _OWN_CHUNKS:
-            (after if beyond_data else before).append(_chunk(kind, body))
-    image_data = _chunk(b"IDAT", zlib.compress(filtered.tobytes()))
-    return b"".join([SIGNATURE, _chunk(b"IHDR", header), *before, image_data, *after, _chunk(b"IEND", b"")])
+    image_data = zlib.compress(filtered.tobytes())
+    return SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", image_data) + chunk(b"IEND", b"")
 
 
 def _decode_as(data: bytes, raw_mode: str) -> NDArray[np.uint8]:
@@ -71,5 +63,6 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         position += 12 + length
 
 
-def _chunk(kind: bytes, body: bytes) -> bytes:
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Return a chunk with its length and checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(body, zlib.crc32(kind)))

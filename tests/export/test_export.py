@@ -334,3 +334,18 @@ def test_the_published_network_in_onnx_runtime(tmp_path: Path) -> None:
         for part, value in stored(output).items():
             inside = stored(torch.from_numpy(hole.astype(np.float32)))[part] > 0.5
             np.testing.assert_allclose(value[inside], golden[part][inside], rtol=0, atol=1e-4)
+
+
+def test_inlined_functions_are_plain_nodes_with_the_same_result(
+    tiny_onnx: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "plain.onnx"
+    result = CliRunner().invoke(main, ["--checkpoint", str(tiny_checkpoint), "-o", str(output), "--inline-functions"])
+    assert result.exit_code == 0, result.output
+    model = onnx.load(output)
+    assert not model.functions
+    assert {node.domain for node in model.graph.node} == {""}
+    inputs = {"image": np.full((1, 3, 64, 48), 0.3, np.float32), "mask": np.zeros((1, 1, 64, 48), np.float32)}
+    inputs["mask"][..., 20:40, 10:30] = 1
+    expected, found = (onnxruntime.InferenceSession(path).run(None, inputs)[0] for path in (tiny_onnx, output))
+    np.testing.assert_array_equal(found, expected)

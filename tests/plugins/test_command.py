@@ -38,3 +38,21 @@ def test_no_command_loads_pytorch_before_its_body_runs() -> None:
     assert len(commands) >= 8
     program = f"import sys, {', '.join(commands)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+SPEAKING = """
+import click, logging
+from misf.plugins.shared.command import command
+@command("speak")
+def main():
+    logging.getLogger("misf").info("to stderr")
+    print("caf\\udce9 \\u6771")
+main()
+"""
+
+
+def test_stdout_gets_the_bytes_of_any_name_and_a_closed_stderr_nothing() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    line = '"$0" -c "$1" 2>&-'
+    result = subprocess.run(["sh", "-c", line, sys.executable, SPEAKING], env=environment, capture_output=True)
+    assert (result.returncode, result.stdout) == (0, b"caf\xe9 \xe6\x9d\xb1\n")

@@ -17,7 +17,8 @@ from misf.runtime.pictures import png16
 from misf.runtime.pictures.canvas import ArrayCanvas, PillowCanvas
 from misf.runtime.pictures.geometry import Box
 from misf.runtime.pictures.image_io import open_mask, open_picture, output_format
-from misf.runtime.pictures.masks import check_mask, mask_from_array, mask_from_image, resized_mask
+from misf.runtime.pictures.masks import check_mask, grown_mask, mask_from_array, mask_from_image, resized_mask
+from misf.runtime.pictures.metadata import add_to_png
 
 HEIGHT, WIDTH = 24, 40
 BOX = Box(4, 6, 20, 16)
@@ -103,7 +104,8 @@ def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, channels: int, rng: np.r
     pixels = rng.integers(0, 65536, (HEIGHT, WIDTH, channels), dtype=np.uint16)
     plain = io.BytesIO()
     Image.new("L", (1, 1)).save(plain, "PNG", dpi=(300, 300), icc_profile=SRGB)
-    (tmp_path / "in.png").write_bytes(png16.encode(pixels, like=plain.getvalue()))
+    extra = [one for one in png16.chunks(plain.getvalue()) if one[0] in (b"iCCP", b"pHYs")]
+    (tmp_path / "in.png").write_bytes(add_to_png(png16.encode(pixels), extra))
     output = _fill(tmp_path / "in.png")
     result = _decode_16_bit_png(output.read_bytes())
     np.testing.assert_array_equal(result[~HOLE], pixels[~HOLE])
@@ -129,10 +131,8 @@ def test_sixteen_bits_are_reduced_with_a_warning_or_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rng: np.random.Generator
 ) -> None:
     pixels = rng.integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
-    plain = io.BytesIO()
-    Image.new("L", (1, 1)).save(plain, "PNG")
     path = tmp_path / "in.png"
-    path.write_bytes(png16.encode(pixels, like=plain.getvalue()))
+    path.write_bytes(png16.encode(pixels))
     with caplog.at_level(logging.WARNING, "misf"):
         assert _loaded(_fill(path, tmp_path / "out.webp")).mode == "RGB"
     assert "16 bits a channel and WEBP holds 8" in caplog.text
@@ -367,6 +367,14 @@ def test_masks_of_another_size_or_type() -> None:
         mask_from_array(HOLE.astype(np.uint8))
     with pytest.raises(ValueError, match="expected a mask of shape H,W and uint8"):
         mask_from_array(HOLE.astype(np.float32))
+
+
+def test_a_grown_mask_reaches_so_many_pixels_and_no_further() -> None:
+    rows, columns = np.mgrid[:21, :31]
+    dot = (rows == 9) & (columns == 14)
+    for pixels in (0, 1, 4):
+        np.testing.assert_array_equal(grown_mask(dot, pixels), (rows - 9) ** 2 + (columns - 14) ** 2 <= pixels**2)
+    assert not grown_mask(np.zeros((4, 4), np.bool_), 3).any()
 
 
 # Canvases

@@ -163,7 +163,7 @@ def test_a_folder_keeps_paths_and_formats_and_goes_on_after_failures(model: Path
     assert failures["e.png"] == "2 masks for e.png: e.bmp, e.png; expected one"
     assert "error: small.png: the mask is 80x60" in result.stderr
     assert document["skipped"] == [str(photos / "lost.png"), str(photos / "notes.txt")]
-    assert f"warning: 2 files in {photos} are skipped, not pictures we read or broken links: lost.png" in result.stderr
+    assert f"warning: 2 files in {photos} are skipped, not pictures we read, or links: lost.png" in result.stderr
     assert f"error: {photos / 'broken.jpg'} cannot be read" in result.stderr
     assert "error: 3 of 6 pictures failed" in result.stderr
     assert "Traceback" not in result.stderr
@@ -325,7 +325,7 @@ def test_transparent_parts_as_holes_become_opaque(model: Path, tmp_path: Path, r
         (["{model}", "{photo}", "{mask}", "--device", "gpu"], 2, "unknown device 'gpu': expected auto, cpu, cuda or"),
         (["{model}", "{photo}", "{mask}", "--device", "cuda:99"], 4, "device cuda:99 was asked for"),
         (["{model}", "{photo}", "{mask}", "-o", "out.psd"], 2, "cannot write out.psd: expected a name that ends in"),
-        (["{model}", "{photo}", "{mask}", "-o", "out"], 2, "tiff .bmp .gif, or a folder that exists"),
+        (["{model}", "{photo}", "{mask}", "-o", "out"], 2, "tiff .bmp .gif .avif, or a folder that exists"),
         (["{model}", "{photo}", "{mask}", "--force", "--skip-existing"], 2, "contradict each other: give one of them"),
         (["{model}", "{photo}", "{mask}", "-o", "no/such/out.png"], 1, "cannot write no/such/out.png: there is no"),
         (["{model}", "{empty}", "{mask}"], 1, "holds no pictures"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,11 @@ def wrong_files() -> dict[str, tuple[Any, bool, str]]:
         "empty.pt": (b"", False, "is empty"),
         "text.pt": (b"weights go here", False, "not a PyTorch checkpoint"),
         "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", False, "not a whole safetensors"),
-        "no_config.safetensors": (struct.pack("<Q", len(header)) + header + bytes(36), False, "no misf config"),
+        "no_config.safetensors": (
+            struct.pack("<Q", len(header)) + header + bytes(36),
+            False,
+            "holds weights of another model",
+        ),
         "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", False, "not a whole safetensors"),
         "list.pt": ([1, 2], False, "holds a list"),
         "discriminator.pth": ({"discriminator": state}, True, "discriminator.*generator's file"),
@@ -167,3 +172,24 @@ def test_nan_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tensor
     save_checkpoint(tmp_path / "x.pt", TINY, broken)
     with pytest.raises(MisfError, match=r"NaN or infinite weights in stem\.bias"):
         load_model(tmp_path / "x.pt")
+
+
+def test_official_weights_load_from_safetensors_and_from_a_compiled_network(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in official_state().items()}
+    save_file(state, tmp_path / "official.safetensors")
+    torch.save({"generator": {f"_orig_mod.module.{name}": value for name, value in state.items()}}, tmp_path / "c.pth")
+    for name in ("official.safetensors", "c.pth"):
+        loaded = load_checkpoint(tmp_path / name, official=True).weights
+        assert torch.equal(loaded["stem.weight"], state["encoder0.1.weight"])
+        with pytest.raises(MisfError, match="is an official MISF generator: export it with misf-export --official"):
+            load_checkpoint(tmp_path / name)
+
+
+def test_torchscript_is_told_as_what_it_is(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch gives TorchScript up
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
+    with pytest.raises(MisfError, match="is a TorchScript file, which is a program"):
+        load_checkpoint(tmp_path / "script.pt")

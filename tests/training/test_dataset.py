@@ -304,3 +304,12 @@ def test_a_mask_file_is_the_same_hole_for_training_as_for_filling(tmp_path: Path
     for path in sorted(tmp_path.glob("*.png")):
         assert np.array_equal(MaskFolder([path]).read(0), hole), path.name
         assert np.array_equal(mask_from_image(open_mask(path)), hole), path.name
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pictures_of_32_bit_numbers_are_reported_not_black(
+    tmp_path: Path, kind: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(np.full((8, 8), 200, kind)).save(tmp_path / "deep.tif")
+    assert Pictures([tmp_path / "deep.tif"]).get(0) is None
+    assert "32-bit numbers" in caplog.text

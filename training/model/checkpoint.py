@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,9 +70,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, official: bool = False) -> 
     if path.stat().st_size == 0:
         raise MisfError(f"{path} is empty, expected a checkpoint: was its download or copy interrupted?")
     if _is_safetensors(path):
-        if official:
-            raise MisfError(f"{path} is a safetensors file; official MISF checkpoints are .pth: leave out --official")
-        config, weights, iteration = _read_safetensors(path)
+        config, weights, iteration = _read_safetensors(path, official)
     else:
         config, weights, iteration = _interpret(path, _read_pickle(path), official)
     _check_weights(path, config, weights)
@@ -122,7 +121,7 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
 
 
-def _read_safetensors(path: Path) -> tuple[NetworkConfig, dict[str, Tensor], int]:
+def _read_safetensors(path: Path, official: bool) -> tuple[NetworkConfig, dict[str, Tensor], int]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -132,7 +131,9 @@ def _read_safetensors(path: Path) -> tuple[NetworkConfig, dict[str, Tensor], int
     except SafetensorError as error:
         raise MisfError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
     if "config" not in metadata:
-        raise MisfError(f"{path} has no misf config in its metadata: expected a checkpoint written by misf")
+        return _interpret(path, weights, official)
+    if official:
+        raise MisfError(f"{path} is a checkpoint of misf's own: leave out --official")
     return _config(path, metadata["config"]), weights, _iteration(metadata.get("iteration"))
 
 
@@ -163,7 +164,13 @@ def _read_pickle(path: Path) -> dict[str, Any]:
                 "save a plain dict of tensors instead"
             ) from error
         raise MisfError(f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except RuntimeError as error:
+        if "TorchScript" in str(error):
+            raise MisfError(
+                f"{path} is a TorchScript file, which is a program: expected a checkpoint, saved by torch.save"
+            ) from error
+        raise MisfError(f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again") from error
+    except (EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise MisfError(f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again") from error
     if not isinstance(content, dict):
         raise MisfError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
@@ -186,7 +193,8 @@ def _interpret(path: Path, content: dict[str, Any], official: bool) -> tuple[Net
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
         keys = ", ".join(map(str, list(content)[:4]))
         raise MisfError(f"{path} holds no weights that misf knows (its keys: {keys}): expected a misf checkpoint")
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    # DataParallel and torch.compile each put a word before the names.
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state.items()}
     if not any(name.startswith(("encoder0.", "kpn_model.")) for name in state):
         raise MisfError(
             f"{path} holds weights of another model (such as {_some(list(state))}): "

@@ -1,0 +1,187 @@
+"""What a file says about its picture, read from the results by Pillow and by looking for the bytes that went in."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin
+
+from misf.runtime.pictures import png16
+from misf.runtime.pictures.image_io import open_picture
+from misf.runtime.pictures.metadata import add_to_png, without_previews
+
+PIXELS = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+FORMATS = [".jpg", ".png", ".webp", ".tif", ".avif"]
+NAME = "© 2024 José 東京".encode()
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+PREVIEW = _jpeg(PIXELS[:24, :32])
+
+
+def _exif(order: str, orientation: int = 1, preview: bytes = b"") -> bytes:
+    """Return EXIF with an orientation, a copyright and a value of an odd type, and a preview in a second directory."""
+    at = 8 + 2 + 12 * 3 + 4
+    body = struct.pack(order + "d", 2.5) + NAME + b"\0" + bytes(len(NAME) % 2 + 1)
+    rows = struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0)
+    rows += struct.pack(order + "HHII", 0x0128, 12, 1, at)
+    rows += struct.pack(order + "HHII", 0x8298, 2, len(NAME) + 1, at + 8)
+    second, last = 0, b""
+    if preview:
+        second = at + len(body)
+        start = second + 2 + 24 + 4
+        last = struct.pack(order + "H", 2) + struct.pack(order + "HHII", 0x0201, 4, 1, start)
+        last += struct.pack(order + "HHII", 0x0202, 4, 1, len(preview)) + bytes(4) + preview
+    mark = b"II" if order == "<" else b"MM"
+    head = mark + struct.pack(order + "HIH", 42, 8, 3)
+    return head + rows + struct.pack(order + "I", second) + body + last
+
+
+def _result(path: Path, output: Path | None = None) -> Path:
+    output = output or path.with_name(f"out{path.suffix}")
+    open_picture(
+        path, {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".avif": "AVIF"}[output.suffix]
+    ).save(output)
+    return output
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_exif_stays_to_the_byte_but_for_the_preview(tmp_path: Path, suffix: str, order: str) -> None:
+    path = tmp_path / f"in{suffix}"
+    plain = _exif(order, 6)
+    Image.fromarray(PIXELS).save(path, exif=b"Exif\0\0" + _exif(order, 6, PREVIEW))
+    data = _result(path).read_bytes()
+    assert plain in data
+    assert PREVIEW not in data
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("source", [".jpg", ".png", ".webp"])
+def test_texts_and_what_is_displayed_stay_in_every_format(tmp_path: Path, source: str, target: str) -> None:
+    path = tmp_path / f"in{source}"
+    exif = _exif("<" if target != ".avif" else ">", 6)
+    Image.fromarray(PIXELS).save(path, exif=b"Exif\0\0" + exif, quality=100, lossless=True)
+    output = _result(path, tmp_path / f"out{target}")
+    assert NAME in output.read_bytes()
+    with Image.open(output) as image:
+        image.load()
+        turned = image.size if image.getexif().get(0x0112, 1) == 1 else image.size[::-1]
+    assert turned == (48, 64)
+
+
+def test_no_preview_is_in_any_result(tmp_path: Path) -> None:
+    encoded = base64.b64encode(PREVIEW)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><xmpGImg:image>' + encoded + b"</xmpGImg:image>kept</x:xmpmeta>"
+    exif = _exif(">", 1, PREVIEW)
+    profile = b"\nexif\n%8d\n" % (len(exif) + 6) + (b"Exif\0\0" + exif).hex().encode() + b"\n"
+    raw = (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))
+    resource = b"8BIM" + struct.pack(">HHI", 1036, 0, 28 + len(PREVIEW)) + bytes(28) + PREVIEW
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[34377], tags[700] = resource, xmp
+    tags.tagtype[34377], tags.tagtype[700] = 7, 1
+    for name in ("a.jpg", "a.webp"):
+        Image.fromarray(PIXELS).save(tmp_path / name, exif=b"Exif\0\0" + exif, xmp=xmp)
+    without_orientation = exif.replace(
+        struct.pack(">H", 0x0112), struct.pack(">H", 0x0100), 1
+    )  # Pillow cannot write ours
+    Image.fromarray(PIXELS).save(tmp_path / "a.avif", exif=without_orientation, xmp=xmp)
+    assert PREVIEW in (tmp_path / "a.avif").read_bytes()
+    Image.fromarray(PIXELS).save(tmp_path / "a.tif", tiffinfo=tags)
+    Image.fromarray(PIXELS).save(tmp_path / "plain.png")
+    plain = (tmp_path / "plain.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(add_to_png(plain, [(b"eXIf", exif), raw]))
+    (tmp_path / "b.png").write_bytes(add_to_png(plain, [raw]))
+    (tmp_path / "deep.png").write_bytes(
+        add_to_png(png16.encode(PIXELS.astype(np.uint16) * 257), [(b"eXIf", exif), raw])
+    )
+    for source in ("a.jpg", "a.webp", "a.avif", "a.tif", "a.png", "b.png", "deep.png"):
+        for target in FORMATS if source != "deep.png" else [".png", ".jpg", ".webp"]:
+            written = _result(tmp_path / source, tmp_path / f"out{target}").read_bytes()
+            if target == ".png":
+                bodies = [body for kind, body in png16.chunks(written) if kind == b"zTXt"]
+                written += b"".join(zlib.decompress(body[body.index(b"\0") + 2 :]) for body in bodies)
+            for hidden in (PREVIEW, encoded, PREVIEW.hex().encode()):
+                assert hidden not in written, f"{source} as {target}"
+
+
+def test_a_preview_in_a_makers_note_is_removed() -> None:
+    note = b"Maker" + PREVIEW + b"end!"
+    exif = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x927C, 7, len(note), 26) + bytes(4) + note
+    cleaned = without_previews(exif)
+    assert PREVIEW[:20] not in cleaned
+    assert cleaned.endswith(b"end!")
+    assert len(cleaned) == len(exif)
+
+
+@pytest.mark.parametrize("garbage", [b"garbage!", b"b'Exif\\x00\\x00II*\\x00'", b"II*\0\xff\xff\xff\xff"])
+def test_exif_that_is_none_is_left_out_with_a_warning(
+    tmp_path: Path, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    (tmp_path / "in.png").write_bytes(add_to_png((tmp_path / "in.png").read_bytes(), [(b"eXIf", garbage)]))
+    assert garbage not in _result(tmp_path / "in.png").read_bytes()
+    assert "in.png: its EXIF data is damaged and left out" in caplog.text
+
+
+def test_iptc_and_profile_go_from_one_format_to_the_others(tmp_path: Path) -> None:
+    iptc = b"\x1c\x02\x78\0\x07caption"
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[33723] = iptc
+    tags.tagtype[33723] = 7
+    Image.fromarray(PIXELS).save(tmp_path / "in.tif", tiffinfo=tags, icc_profile=bytes(range(256)) * 1000)
+    for name in ("out.jpg", "out.png", "back.tif"):
+        source = tmp_path / ("in.tif" if name != "back.tif" else "out.png")
+        with Image.open(_result(source, tmp_path / name)) as image:
+            image.load()
+            assert image.info["icc_profile"] == bytes(range(256)) * 1000
+            if name == "out.jpg":
+                assert image.info["photoshop"][0x0404] == iptc
+            if name == "back.tif":
+                assert bytes(image.tag_v2[33723]) == iptc  # type: ignore[attr-defined]
+
+
+def test_png_chunks_by_the_standards_rules(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "in.png")
+    long_text = b"workflow\0\0" + zlib.compress(b"x" * 3_000_000)
+    given = [
+        (b"zTXt", long_text),
+        (b"prVt", b"safe to copy"),
+        (b"prVT", b"tied to the data"),
+        (b"gAMA", b"\0\0\xb1\x8f"),
+    ]
+    (tmp_path / "in.png").write_bytes(add_to_png((tmp_path / "in.png").read_bytes(), given))
+    kept = list(png16.chunks(_result(tmp_path / "in.png").read_bytes()))
+    assert [one in kept for one in given] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(1, 1), (2, 3), (4, 15), (8, 255)])
+def test_a_transparent_grey_becomes_alpha(tmp_path: Path, bits: int, levels: int) -> None:
+    row = bytes([0b11110000] * 4)
+    header = struct.pack(">IIBBBBB", 32 // bits, 1, bits, 0, 0, 0, 0)
+    key = 0b11110000 >> (8 - bits)
+    chunks = [
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">H", key)),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    (tmp_path / "in.png").write_bytes(png16.SIGNATURE + b"".join(png16.chunk(*one) for one in chunks))
+    samples = [
+        (byte >> shift) & levels for byte in row for shift in range(8 - bits, -1, -bits)
+    ]  # by the specification: the leftmost sample is in the highest bits
+    for suffix in (".png", ".webp", ".tif"):
+        with Image.open(_result(tmp_path / "in.png", tmp_path / f"out{suffix}")) as image:
+            alpha = np.asarray(image.convert("RGBA"))[0, :, 3]
+        assert alpha.tolist() == [0 if sample == key else 255 for sample in samples]
