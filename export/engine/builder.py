@@ -58,6 +58,10 @@ class EngineOptions:
     device: int = 0
 
 
+POLYGRAPHY_ATOL = {"fp32": 1e-4, "fp16": 1e-2}
+"""Largest difference in the command for Polygraphy, which compares every pixel: its own 1e-5 fails rounding alone."""
+
+
 @dataclass(frozen=True)
 class EngineReport:
     """What was built, and the commands of other tools that run it."""
@@ -123,7 +127,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
         misf=misf_version(),
     )
     write_engine(output, plan, info)
-    return EngineReport(output, info, other_tools(flavor, output, options.limits, plugin))
+    return EngineReport(output, info, other_tools(flavor, source, asked, output, options.limits, plugin))
 
 
 def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
@@ -298,17 +302,24 @@ def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
     return inspect(flavor.module, engine, {name: (n, channels, height, width) for name, channels in INPUTS.items()})
 
 
-def other_tools(flavor: Flavor, plan: Path, limits: Limits, plugin: Path | None) -> dict[str, str]:
-    """Return the commands of trtexec and Triton that use the plan and the same plugin library."""
+def other_tools(
+    flavor: Flavor, source: Path, precision: str, plan: Path, limits: Limits, plugin: Path | None
+) -> dict[str, str]:
+    """Return the commands of other tools, with the same plugin library.
+
+    trtexec and Triton run the plan; Polygraphy builds `source` again and compares it with ONNX Runtime.
+    """
     if not flavor.has_plugins:
         return {}
 
-    def shapes(shape: tuple[int, int, int]) -> str:
-        n, height, width = shape
-        return ",".join(f"{name}:{n}x{channels}x{height}x{width}" for name, channels in INPUTS.items())
-
+    n, height, width = limits.opt
+    shapes = ",".join(f"{name}:{n}x{channels}x{height}x{width}" for name, channels in INPUTS.items())
+    inputs = " ".join(f"'{name}:[{n},{channels},{height},{width}]'" for name, channels in INPUTS.items())
+    polygraphy = f"polygraphy run {source} --onnxrt --trt --strongly-typed --input-shapes {inputs}"
+    polygraphy += f" --atol {POLYGRAPHY_ATOL[precision]}" + (f" --plugins {plugin}" if plugin else "")
     loading = f" --dynamicPlugins={plugin}" if plugin else ""
-    found = {"trtexec": f"trtexec --loadEngine={plan} --shapes={shapes(limits.opt)}{loading}"}
+    trtexec = f"trtexec --loadEngine={plan} --shapes={shapes}{loading}"
+    found = {"trtexec": trtexec, "polygraphy": polygraphy}
     triton = "tritonserver --model-repository=models"
     if plugin is None:
         return {**found, "triton": triton}

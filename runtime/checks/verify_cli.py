@@ -119,7 +119,7 @@ def _check_layers(model: Path, backend: str) -> str:
         raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
     if backend == "openvino":
         raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
-    need("--layers", "layers", "polygraphy", "onnx")
+    need("--layers", "export", "polygraphy", "onnx")
     from .layer_errors import source_of
 
     source_of(model)

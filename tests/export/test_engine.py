@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -340,13 +341,29 @@ def test_what_the_builder_is_asked_for() -> None:
 def test_lines_for_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module.library, "find_library", lambda *_, **__: tmp_path / "twin.so")
     limits = Limits((1, 64, 64), (2, 256, 320), (4, 512, 512))
-    lines = other_tools(Flavor("tensorrt", None, "10.3.0"), Path("b.plan"), limits, Path("/p/libmisf_trt10.so"))
+    files = Path("b.onnx"), "fp16", Path("b.plan"), limits
+    lines = other_tools(Flavor("tensorrt", None, "10.3.0"), *files, Path("/p/libmisf_trt10.so"))
     assert lines["trtexec"] == (
         "trtexec --loadEngine=b.plan --shapes=image:2x3x256x320,mask:2x1x256x320 --dynamicPlugins=/p/libmisf_trt10.so"
     )
     assert lines["triton"].endswith(f"--backend-config=tensorrt,plugins={tmp_path}/twin.so")
-    without = other_tools(Flavor("tensorrt", None, "11.0.0"), Path("b.plan"), limits, None)
+    assert lines["polygraphy"] == (
+        "polygraphy run b.onnx --onnxrt --trt --strongly-typed "
+        "--input-shapes 'image:[2,3,256,320]' 'mask:[2,1,256,320]' --atol 0.01 --plugins /p/libmisf_trt10.so"
+    )
+    without = other_tools(Flavor("tensorrt", None, "11.0.0"), *files, None)
     assert not any("lugin" in line for line in without.values())
+
+
+def test_polygraphy_understands_its_line(tiny_onnx: Path, tmp_path: Path) -> None:
+    """All of it but TensorRT, in whose place ONNX Runtime runs a second time."""
+    limits = Limits((1, 64, 64), (1, 64, 80), (4, 512, 512))
+    line = other_tools(Flavor("tensorrt", None, "10.3.0"), tiny_onnx, "fp32", tmp_path / "b.plan", limits, None)
+    script = "import sys; from polygraphy.tools import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, *shlex.split(line["polygraphy"].replace("--trt ", "--onnxrt "))[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
 
 
 INSPECTED = {

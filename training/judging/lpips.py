@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import distribution
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...plugins.shared.errors import MisfError
+from ...plugins.shared.extras import need
 from ...plugins.shared.files import sha256
 
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
@@ -61,7 +63,7 @@ def _unit(x: Tensor) -> Tensor:
 def load_lpips(path: str | os.PathLike[str]) -> Lpips:
     """Return LPIPS with torchvision's AlexNet weights from `path`.
 
-    Raises MisfError when the file is not torchvision's, by digest, or torchmetrics has no heads for it.
+    Raises MisfError when the file is not torchvision's, by digest, and what `published_heads` raises.
     """
     digest = sha256(path)
     if not digest.startswith(BACKBONE_DIGEST):
@@ -73,11 +75,14 @@ def load_lpips(path: str | os.PathLike[str]) -> Lpips:
 
 
 def published_heads() -> list[Tensor]:
-    """Return the five linear heads of LPIPS 0.1 for AlexNet, from the torchmetrics package."""
-    import torchmetrics
+    """Return the five linear heads of LPIPS 0.1 for AlexNet, from a file of torchmetrics, whose code is not run.
 
-    path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
+    Raises EnvironmentMismatch where torchmetrics is not installed, MisfError where it has no such file.
+    """
+    need("LPIPS", "lpips", "torchmetrics")
+    package = distribution("torchmetrics")
+    path = Path(str(package.locate_file("torchmetrics/functional/image/lpips_models/alex.pth")))
     if not path.is_file():
-        raise MisfError(f"torchmetrics {torchmetrics.__version__} has no {path.name} with the LPIPS heads: install 1.9")
+        raise MisfError(f"torchmetrics {package.version} has no {path.name} with the LPIPS heads: install 1.9")
     heads = torch.load(path, map_location="cpu", weights_only=True)
     return [heads[f"lin{level}.model.1.weight"] for level in range(5)]
