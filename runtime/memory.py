@@ -13,8 +13,11 @@ from .pictures.geometry import Size
 # 1024x1024: 12 with ONNX Runtime, 6 with OpenVINO. A lower bound, so that nothing is refused that would have run.
 LEAST_WIDTHS = 6
 CGROUP = Path("/sys/fs/cgroup")
-LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""A container's limit and what is used of it, in cgroups of version 2 and 1."""
+LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", ""),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+)
+"""A container's limit, what is used of it, its counters and their prefix, in cgroups of version 2 and 1."""
 
 
 def least_bytes(config: Mapping[str, Any], precision: str, size: Size) -> int:
@@ -30,7 +33,14 @@ def available_bytes() -> int | None:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-    for limit, used in LIMITS:
+    for limit, used, counters, prefix in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            found.append(max(0, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())))
+            left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
+            found.append(max(0, left + _cached_files(CGROUP / counters, prefix)))
     return min(found, default=None)
+
+
+def _cached_files(counters: Path, prefix: str) -> int:
+    """Return how many of the bytes in use are cached files, which Linux frees before it kills a process."""
+    values = dict(line.split() for line in counters.read_text().splitlines())
+    return sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))

@@ -284,4 +284,3 @@ def _print_engines(engines: list[EngineCheck], plugins: list[PluginCheck]) -> No
         click.echo(f"  {'plugin library':18} {plugin.path} ({plugin.problem or plugin.about})")
     if not plugins:
         click.echo(f"  {'plugin library':18} none; misf-plugin build makes it (needs the CUDA toolkit)")
-    click.echo("\nTensorRT engines and the plugin were not yet run on a GPU by us: docs/gpu-status.md")

@@ -66,8 +66,9 @@ def main(
 ) -> None:
     """Compare MODEL with the PyTorch reference on photographs; exit 3 when it is not near enough.
 
-    Several sizes, one not square, one that must be padded, one a batch of two. --layers adds a table of every
-    convolution and filter at the size that came out worst, for .onnx and, on a GPU, for .plan files.
+    Several sizes, one not square, one that must be padded, one a batch of two. --max-abs and --min-psnr change one
+    limit each and leave the other at its default. --layers adds a table of every convolution and filter at the size
+    that came out worst, for .onnx and, on a GPU, for .plan files.
 
     \b
     Examples:

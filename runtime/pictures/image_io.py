@@ -277,6 +277,8 @@ def _load(path: Path, image: Image.Image) -> None:
         raise
     except Exception as error:  # as above
         raise ValueError(f"{path} is damaged and cannot be decoded: {error}") from error
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError(f"{path} is damaged: its pixels are indices into a palette, and the palette is missing")
 
 
 def _refuse_frames(path: Path, image: Image.Image) -> None:

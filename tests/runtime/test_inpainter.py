@@ -227,12 +227,28 @@ def test_memory_is_what_linux_says_within_the_limit_of_the_container(tmp_path: P
     free = memory.available_bytes()
     assert free is None or installed / 1000 < free <= installed  # in bytes, not in the kernel's kB
     (tmp_path / "memory").mkdir()
-    versions = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-    for limit, used in versions:
+    monkeypatch.setattr(Path, "read_text", _without_meminfo(Path.read_text))
+    versions = (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
+    )
+    for limit, used, counters, prefix in versions:
         (tmp_path / used).write_text("3000\n")
-        for text, left in (("4096\n", 1096), ("2000\n", 0), ("max\n", None)):
+        # Files in the cache are given back under pressure; shared memory, which is in "file" too, is not.
+        (tmp_path / counters).write_text(f"file 400\n{prefix}active_file 70\n{prefix}inactive_file 30\n")
+        for text, left in (("4096\n", 1196), ("2000\n", 0), ("max\n", None)):
             (tmp_path / limit).write_text(text)
-            assert (memory.available_bytes() == left) == (left is not None), (limit, text)
+            assert memory.available_bytes() == left, (limit, text)
+        (tmp_path / limit).unlink()
+
+
+def _without_meminfo(read: Any) -> Any:
+    def read_text(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path == Path("/proc/meminfo"):
+            raise FileNotFoundError(path)
+        return read(path, *arguments, **settings)
+
+    return read_text
 
 
 def test_a_backend_that_fails_or_answers_nonsense_is_told(inpaint: Inpainter, monkeypatch: Any, tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from skimage import data
 
+from misf.plugins.shared.errors import MisfError
 from misf.plugins.shared.files import written_whole
 from misf.runtime.fill_file import Batch
 from misf.runtime.jobs import Job
 from misf.runtime.run_cli import main
+from misf.training.mask_drawing import MaskFolder
 
 from ..support.tiny_models import constant_fill, foreign, mean_fill
 
@@ -558,14 +560,30 @@ def _png(*chunks: tuple[bytes, bytes]) -> bytes:
     return whole
 
 
+def _indexed_without_palette() -> bytes:
+    rows = zlib.compress(b"".join(b"\0" + bytes(SHAPE[1]) for _ in range(SHAPE[0])))
+    header = struct.pack(">IIBBBBB", SHAPE[1], SHAPE[0], 8, 3, 0, 0, 0)
+    return _png((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+
+
+def test_a_mask_without_its_palette_is_one_line(model: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.write_bytes(_indexed_without_palette())
+    _picture(tmp_path / "a.png")
+    result = _run(model, tmp_path / "a.png", mask)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"misf-run: {mask} is damaged: its pixels are indices into a palette, and the palette is missing"
+    )
+    with pytest.raises(MisfError, match="the palette is missing"):
+        MaskFolder([mask]).read(0)
+
+
 def test_no_picture_ends_a_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, mask = tmp_path / "in", _mask(tmp_path / "mask.png")
     for name in ("a.png", "m.png", "z.png"):
         _picture(folder / name)
-    rows = zlib.compress(b"".join(b"\0" + bytes(SHAPE[1]) for _ in range(SHAPE[0])))
-    header = struct.pack(">IIBBBBB", SHAPE[1], SHAPE[0], 8, 3, 0, 0, 0)
-    indexed = _png((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    (folder / "b_without_palette.png").write_bytes(indexed)
+    (folder / "b_without_palette.png").write_bytes(_indexed_without_palette())
     from misf.runtime import fill_file
 
     opened = fill_file.open_picture

@@ -110,6 +110,15 @@ def test_verify_refuses_another_model(tiny_onnx: Path, tiny_checkpoint: Path, tm
     assert loose.exit_code == 0
 
 
+def test_verify_changes_only_the_limit_that_is_given(tiny_onnx: Path, tiny_checkpoint: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(accuracy.TOLERANCES, "fp32", accuracy.Tolerance(min_psnr_db=1000.0))
+    arguments = (tiny_onnx, "--checkpoint", tiny_checkpoint, "--backend", "onnxruntime", "--size", "64x64", "--json")
+    result = invoke(verify, *arguments, "--max-abs", "0.5")
+    assert json.loads(result.stdout)["tolerance"] == {"max_abs": 0.5, "min_psnr_db": 1000.0}
+    assert result.exit_code == 3
+    assert invoke(verify, *arguments, "--max-abs", "0.5", "--min-psnr", "20").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

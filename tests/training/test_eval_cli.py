@@ -165,6 +165,10 @@ def test_bad_pictures_end_in_exit_code_5(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 5
     assert [bad["name"] for bad in json.loads(result.stdout)["data"]["bad"]] == ["broken.jpg"]
     assert result.stderr.count("broken.jpg") == 1
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    result = run("--peers", "--data", tmp_path, "--size", 32, "--json")
+    assert [bad["name"] for bad in json.loads(result.stdout)["data"]["bad"]] == ["broken.jpg", "more/broken.jpg"]
     (tmp_path / "good.png").unlink()
     result = run("--peers", "--data", tmp_path)
     assert result.exit_code == 1
@@ -177,6 +181,8 @@ def test_bad_pictures_end_in_exit_code_5(folder: Path, tmp_path: Path) -> None:
     [
         (("--data", "{data}"), 2, "nothing to measure"),
         (("--peers",), 2, "--data"),
+        (("--peers", "--data", "{data}", "--backend", "foo"), 2, "'foo' is not one of"),
+        (("--peers", "--data", "{data}", "--precision", "fp8"), 2, "'fp8' is not one of"),
         (("--peers", "--data", "{data}/missing"), 2, "missing"),
         (("--peers", "--data", "{data}", "--official"), 2, "--checkpoint"),
         (("--peers", "--data", "{data}", "--invert-mask"), 2, "--masks FOLDER"),

@@ -48,7 +48,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the model files."
 )
 @click.option("--device", envvar="MISF_DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="What to compute in."
+)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, with every picture's numbers, on stdout."
 )

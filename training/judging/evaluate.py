@@ -83,6 +83,7 @@ def cases(
     if per_band is not None and per_band < len(chosen):
         chosen = [round(i * (len(pictures) - 1) / max(per_band - 1, 1)) for i in range(per_band)]
     groups = _grouped(masks, size) if masks else {}
+    names = names_of(pictures.paths)
     for place, index in enumerate(chosen):
         picture = pictures.get(index)
         if picture is None:
@@ -95,7 +96,14 @@ def cases(
                 hole = masks.read(groups[band][place % len(groups[band])], size, size)
             else:
                 continue
-            yield Case(pictures.paths[index].name, band, truth, hole)
+            yield Case(names[pictures.paths[index]], band, truth, hole)
+
+
+def names_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return what to call each file: its path below the folder that all of them share, with forward slashes."""
+    full = {path: path.absolute() for path in paths}
+    shared = os.path.commonpath([path.parent for path in full.values()])
+    return {path: name.relative_to(shared).as_posix() for path, name in full.items()}
 
 
 def _grouped(masks: MaskFolder, size: int) -> dict[Band, list[int]]:
@@ -220,7 +228,7 @@ def evaluate(
 def document(
     methods: Sequence[Method], data: str, pictures: Pictures, settings: dict[str, Any], *, details: bool
 ) -> dict[str, Any]:
-    """Return everything that was measured, ready for JSON: what on, how, and each method's means; paths by name only.
+    """Return everything that was measured, ready for JSON: what on, how, and each method's means; no whole paths.
 
     Args:
         methods: after their measuring.
@@ -230,6 +238,7 @@ def document(
         details: with one entry per method, picture and mask.
     """
     reports = []
+    names = names_of(pictures.paths)
     for method in methods:
         digest = None if method.path is None else sha256(method.path)
         pages = {"details": method.details()} if details else {}
@@ -238,7 +247,7 @@ def document(
         "data": {
             "name": data,
             "pictures": len(pictures),
-            "bad": [{"name": path.name, "reason": reason} for path, reason in pictures.bad.items()],
+            "bad": [{"name": names[path], "reason": reason} for path, reason in pictures.bad.items()],
         },
         "settings": settings,
         "metrics": METRICS,
