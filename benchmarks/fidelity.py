@@ -41,7 +41,9 @@ GAP, HEAD = 6, 26  # pixels between the pictures of the grid, and above its colu
     "--data", type=click.Path(exists=True, path_type=Path), help="Folder or list of photographs to measure on."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the masks.")
-@click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
+@click.option(
+    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread over the data.  [default: all]"
+)
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),

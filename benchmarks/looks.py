@@ -48,7 +48,9 @@ Plane = NDArray[np.float64]
 @click.option("--peers", is_flag=True, help="Measure OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic too.")
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
 @click.option("--backbone", default="lite2", show_default=True, help="EfficientNet of the distance, or its file.")
-@click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
+@click.option(
+    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread over the data.  [default: all]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 def main(models: tuple[Path, ...], peers: bool, data: Path, backbone: str, per_band: int | None, as_json: bool) -> None:
     """Print the table: centre crops of 256x256, seeded masks.

@@ -33,9 +33,10 @@ class Job:
 def plan_jobs(
     image: Path, mask: Path | None, output: Path | None, follow_links: bool = True
 ) -> tuple[list[Job], list[Path]]:
-    """Return a job per picture (one for a file, those below a folder in the order of their names), and the files below
-    a folder that are no pictures by their suffix, or links that lead nowhere. Linked folders are followed once, and
-    not at all where their pictures are below the folder anyway; without `follow_links` they count as no pictures.
+    """Return a job per picture, those of a folder in the order of their names, and what is skipped.
+
+    Skipped are files because of their suffix, and broken links. Linked folders are followed once, and not at all where
+    their pictures are below the folder anyway; without `follow_links` they are skipped.
 
     Without `output` a file goes to NAME_inpainted.EXT beside it and a folder to IMAGE_inpainted. Raises ValueError
     where no picture is found or the output is of the wrong kind.

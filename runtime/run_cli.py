@@ -99,7 +99,13 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 )
 @click.option("--margin", type=click.IntRange(min=0), help="Context around a hole, pixels. [default: a quarter of it]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
-@click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Over it is hole.")
+@click.option(
+    "--mask-threshold",
+    type=click.IntRange(0, 254),
+    default=127,
+    show_default=True,
+    help="Mask values above this (0-254) are holes.",
+)
 @click.option("--invert-mask", is_flag=True, help="Black is the hole instead of white.")
 @click.option("--resize-mask", is_flag=True, help="Resize a mask of another size to the picture's.")
 @click.option(
@@ -112,7 +118,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
-@click.option("--skip-existing", is_flag=True, help="Leave finished pictures alone: go on with an interrupted run.")
+@click.option("--skip-existing", is_flag=True, help="Skip pictures whose output exists: continues an interrupted run.")
 @click.option("--no-follow-links", is_flag=True, help="Leave out folders that are links.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(

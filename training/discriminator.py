@@ -8,9 +8,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class PatchDiscriminator(nn.Module):
-    """Five 4x4 convolutions, zero-padded by 1, without bias but in effect on 70x70 patches; leaky ReLU 0.2 between.
+    """Five 4x4 convolutions, zero-padded by 1, without bias; each score sees a 70x70 patch.
 
-    Strides 2, 2, 2, 1, 1; channels `width` x 1, 2, 4, 8, then 1. Every weight is divided by its largest singular value.
+    Strides 2, 2, 2, 1, 1; channels `width` x 1, 2, 4, 8, then 1; leaky ReLU 0.2 between. Every weight is divided by its
+    largest singular value.
     """
 
     def __init__(self, width: int = 64) -> None:

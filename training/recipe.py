@@ -55,7 +55,7 @@ class TrainingConfig:
     psnr: float = 0.0
     """Logarithm of the mean square in the hole, sample by sample: what the mean of PSNR measures."""
     ssim: float = 0.0
-    """Logarithm of what the composite's SSIM lacks to 1, sample by sample."""
+    """log(1 - SSIM) of the composite, averaged over samples."""
     known: float = 0.0
     """L1 outside the hole."""
     adversarial: float = 0.1

@@ -65,7 +65,9 @@ STARTED = time.monotonic()
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Steps in all.  [default: the recipe's]")
 @click.option("--batch", type=click.IntRange(min=1), help="Pictures per step, over all processes.")
-@click.option("--accumulate", type=click.IntRange(min=1), help="Work a batch off in so many passes, for less memory.")
+@click.option(
+    "--accumulate", type=click.IntRange(min=1), help="Split each batch into this many passes (gradient accumulation)."
+)
 @click.option("--crop", type=click.IntRange(min=8), help="Side of the square crops in pixels.")
 @click.option("--zoom-out", type=click.FloatRange(min=1), help="Crops are taken up to this many times larger.")
 @click.option("--whole", is_flag=True, help="No crops: each picture's middle square, resized.")

@@ -90,7 +90,9 @@ def compare_layers(
                 name=name,
                 op=ops[name],
                 relative_error=errors[name],
-                added=errors[name] - before if np.isfinite(before) else 0.0,  # what comes after the first has no say
+                added=errors[name] - before
+                if np.isfinite(before)
+                else 0.0,  # after the first non-finite layer, later ones are not blamed
                 max_abs=float(difference.max()),
                 largest=float(np.abs(wanted).max()),
             )

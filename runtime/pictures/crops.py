@@ -109,7 +109,7 @@ def _whole(top: int, left: int, blocks: Mask, margin: int | None) -> _Piece:
 def _wide_part(blocks: Mask, solid: Mask, working_size: int) -> Mask:
     """Return the part of a hole that is too thick to be walked, with the stubs on it.
 
-    solid: the blocks that hold nothing but hole, so scattered pixels are never thick, however many they are.
+    solid: the blocks that are entirely hole; scattered pixels therefore never count as thick.
     """
     from scipy import ndimage
 

@@ -42,7 +42,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--resize", is_flag=True, help="Shrink the whole middle square to --size, as the official evaluation does."
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random masks.")
-@click.option("--per-band", type=click.IntRange(min=1), help="So many pictures, spread over the data.  [default: all]")
+@click.option(
+    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread over the data.  [default: all]"
+)
 @click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the model files."

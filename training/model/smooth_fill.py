@@ -123,7 +123,7 @@ class EdgeContinuation(nn.Module):
                 prediction = share * prediction + rest
             return prediction
 
-    @torch.no_grad()  # nothing here is asked for gradients, and oneDNN has faster convolutions for that
+    @torch.no_grad()  # no gradient flows through here, and oneDNN has faster convolutions for that
     def _planes(self, known: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Return the planes' values in the middle: share N,1,H,W x the prediction there + rest N,3,H,W."""
         _, _, prior, ridge = self.PLANES[index]
