@@ -40,7 +40,7 @@ class MaskSettings:
     grow: int = 0  # pixels of the picture
 
 
-class Batch:
+class FileFiller:
     """Fills pictures in files with one model and one way of reading masks."""
 
     def __init__(self, inpainter: Inpainter, mask: Path | None, masks: MaskSettings, concat: bool, force: bool):

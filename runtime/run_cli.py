@@ -16,7 +16,7 @@ from .backends.contract import BACKENDS, PRECISIONS
 from .pictures.settings import STRATEGIES, CropSettings
 
 if TYPE_CHECKING:
-    from .fill_file import Batch
+    from .fill_file import FileFiller
     from .jobs import Job
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def main(
         image, mask, output, skip_existing, not no_follow_links
     )  # before the model is loaded: a wrong path is told at once
 
-    from .fill_file import Batch, MaskSettings
+    from .fill_file import FileFiller, MaskSettings
     from .inpainter import Inpainter
 
     inpainter = Inpainter(
@@ -179,7 +179,7 @@ def main(
     masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha, grow_mask)
     chosen = inpainter.backend
     try:
-        _run(Batch(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)
+        _run(FileFiller(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)
     except BaseException:
         results.interrupted = True
         raise
@@ -224,13 +224,13 @@ def _planned(
     return [job for job in jobs if job in waiting], _Results([image / path for path in skipped], finished)
 
 
-def _run(batch: Batch, jobs: list[Job], results: _Results, folder: bool, print_paths: bool) -> None:
+def _run(filler: FileFiller, jobs: list[Job], results: _Results, folder: bool, print_paths: bool) -> None:
     """Run the jobs; what becomes of each is added to the results at once."""
     with progress("pictures" if folder else "crops") as step:
         for number, job in enumerate(jobs, start=1):
             try:
                 with log_about(f"{job.relative}: " if folder else ""):
-                    record = batch.run(job, progress=None if folder else step)
+                    record = filler.run(job, progress=None if folder else step)
             except (MisfError, ValueError, OSError, MemoryError) as error:
                 results.failures.append((job, error))
                 if folder:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .recipe import TrainingConfig
+from .recipe import Recipe
 
 BIAS_RATE = 0.25
 """AdamW's rate beside Muon's, as a share of it: Muon's rates are for updates whose singular values are near 1."""
 
 
-def make_optimizers(module: nn.Module, config: TrainingConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+def make_optimizers(module: nn.Module, config: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
     """Return the optimizers of a network's parameters, each with its share of the recipe's learning rate."""
     parameters = list(module.parameters())
 

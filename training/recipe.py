@@ -24,7 +24,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class Recipe:
     """Every number of a training run; the defaults are the paper's recipe (arXiv 2203.06304, section 4.1).
 
     A weight of 0 switches a loss, and what only it needs, off.
@@ -150,7 +150,7 @@ class TrainingConfig:
             rate *= 0.5 + 0.5 * math.cos(math.pi * min(self.progress(step, elapsed_s), 1.0))
         return rate
 
-    def without_vgg(self) -> TrainingConfig:
+    def without_vgg(self) -> Recipe:
         """Return the recipe for those without VGG's weights: the discriminator's features take their place.
 
         The discriminator is there anyway, sees the same pictures, and its features are a learned measure of detail
@@ -163,7 +163,7 @@ class TrainingConfig:
         return json.dumps(asdict(self), indent=2, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> TrainingConfig:
+    def from_json(cls, text: str) -> Recipe:
         """Return the recipe saved by `to_json`; ValueError for anything else."""
         try:
             values = json.loads(text)
@@ -176,9 +176,9 @@ class TrainingConfig:
             raise ValueError(f"not a training config of misf: {error}") from error
 
 
-RECIPES: dict[str, TrainingConfig] = {
-    "paper": TrainingConfig(),
-    "fidelity": TrainingConfig(
+RECIPES: dict[str, Recipe] = {
+    "paper": Recipe(),
+    "fidelity": Recipe(
         steps=14_000,
         batch=8,
         zoom_out=1.25,
@@ -197,7 +197,7 @@ RECIPES: dict[str, TrainingConfig] = {
         warm_up=40,
         ema_decay=0.998,
     ),
-    "looks": TrainingConfig(
+    "looks": Recipe(
         steps=40_000,
         batch=16,
         crop=224,

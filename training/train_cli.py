@@ -16,7 +16,7 @@ from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need
 from ..plugins.shared.progress import progress
 from .model.config import PRESETS
-from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TrainingConfig
+from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,7 +160,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _recipe(options: dict[str, Any]) -> TrainingConfig:
+def _recipe(options: dict[str, Any]) -> Recipe:
     """Return the recipe that the options describe."""
     if options["official"] and not options["init_from"]:
         raise click.UsageError("--official says what --init-from is: give --init-from")
@@ -206,7 +206,7 @@ def _recipe(options: dict[str, Any]) -> TrainingConfig:
 
 def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
     """Return the --set options: floats and switches (0 or 1) of the recipe by name."""
-    known = {item.name: item.type for item in fields(TrainingConfig) if item.type in ("float", "bool")}
+    known = {item.name: item.type for item in fields(Recipe) if item.type in ("float", "bool")}
     found: dict[str, float | bool] = {}
     for change in changes:
         name, _, text = change.partition("=")
@@ -226,7 +226,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     from .dataset import TrainingSamples
     from .trainer import Trainer, make_fabric, train
 
-    recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
+    recipe = Recipe.from_json(json.dumps(settings["recipe"]))
     fabric = make_fabric(options["device"], {"fp32": "32-true", "bf16": "bf16-mixed"}[settings["precision"]])
     if not fabric.is_global_zero:
         logging.getLogger("misf").setLevel(logging.ERROR)
@@ -270,9 +270,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         click.echo(folder.weights)
 
 
-def _samples(
-    settings: dict[str, Any], recipe: TrainingConfig, device: Any, workers: int
-) -> TrainingSamples | ResidentSamples:
+def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int) -> TrainingSamples | ResidentSamples:
     from .dataset import MaskSource, Pictures, TrainingSamples, picture_paths
     from .mask_drawing import MaskFolder, RandomMasks
 
@@ -308,7 +306,7 @@ def _samples(
     )
 
 
-def _vgg(settings: dict[str, Any], recipe: TrainingConfig) -> Vgg19 | None:
+def _vgg(settings: dict[str, Any], recipe: Recipe) -> Vgg19 | None:
     if not recipe.needs_vgg:
         return None
     from .vgg19 import load_vgg19
@@ -316,7 +314,7 @@ def _vgg(settings: dict[str, Any], recipe: TrainingConfig) -> Vgg19 | None:
     return load_vgg19(settings["vgg19"])
 
 
-def _feature_distance(settings: dict[str, Any], recipe: TrainingConfig) -> FeatureDistance | None:
+def _feature_distance(settings: dict[str, Any], recipe: Recipe) -> FeatureDistance | None:
     if not recipe.distance:
         return None
     from .efficientnet import load_feature_distance

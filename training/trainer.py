@@ -30,7 +30,7 @@ from .efficientnet import FeatureDistance
 from .model.checkpoint import save_checkpoint
 from .model.network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
-from .recipe import TrainingConfig
+from .recipe import Recipe
 from .resident import ResidentSamples
 from .run_files import RunFolder, RunLog
 from .vgg19 import VGG19_SOURCE, Vgg19
@@ -84,7 +84,7 @@ def computes_bf16() -> bool:
 class StepSampler(Sampler[int]):
     """The sample numbers of one process, from step `start` to the end: a slice of each step's batch."""
 
-    def __init__(self, config: TrainingConfig, start: int, rank: int, world: int) -> None:
+    def __init__(self, config: Recipe, start: int, rank: int, world: int) -> None:
         if config.batch % (config.accumulate * world):
             raise ValueError(
                 f"batch must divide by accumulate x processes, got {config.batch}, {config.accumulate} and {world}"
@@ -116,7 +116,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: Recipe,
         fabric: Fabric,
         *,
         vgg: Vgg19 | None = None,
@@ -347,7 +347,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, of a run with the same recipe."""
-        if TrainingConfig.from_json(state["config"]) != self.config:
+        if Recipe.from_json(state["config"]) != self.config:
             raise ValueError("the state belongs to a run with another recipe")
         self.step, self.elapsed_s = state["step"], state.get("elapsed_s", 0.0)
         self.generator.module.load_state_dict(state["generator"])

@@ -28,6 +28,7 @@ from ...runtime.backends.contract import check_onnx
 from ...runtime.engines.cudart import CudaError, CudaRuntime, gpu_name
 from ...runtime.engines.flavors import Flavor, load_flavor, logger_of, reason, use_plugin
 from ...runtime.engines.inspector import inspect, inspected_layers, inspected_proof
+from ...runtime.engines.network import build_config, parsed_network
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
 from ..model_types import float_types
 from .monitor import cancellable, make_monitor
@@ -189,15 +190,12 @@ def _build(
     """Return the plan and how many convolutions of the parsed network are of each type."""
     trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11.x types always
-    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx_op.for_tensorrt(model, with_plugin)):
-        raise MisfError(f"{flavor.title} cannot parse {source}: {_parser_error(parser)}")
+    network, _parser = parsed_network(
+        flavor, builder, onnx_op.for_tensorrt(model, with_plugin), f"{flavor.title} cannot parse {source}"
+    )
     obtained = network_types(trt, network)
     prove_precision(asked, obtained, float_types(model), source)
-    config = builder.create_builder_config()
-    _configure(trt, builder, config, options)
+    config = _config(flavor, builder, options)
     with progress.bar() as bar, _timing_cache(flavor, config, options, machine):
         monitor = config.progress_monitor = make_monitor(trt, bar)
 
@@ -212,33 +210,22 @@ def _build(
     return bytes(plan), obtained
 
 
-def _parser_error(parser: Any) -> str:
-    """Return the parser's first error as one line."""
-    if not parser.num_errors:
-        return "it gave no reason"
-    error = parser.get_error(0)
-    text = " ".join(error.desc().split())
-    name = error.node_name()
-    return f"{text} (node {name}, {error.node_operator()})" if name else text
-
-
-def _configure(trt: Any, builder: Any, config: Any, options: EngineOptions) -> None:
+def _config(flavor: Flavor, builder: Any, options: EngineOptions) -> Any:
+    trt, limits = flavor.module, options.limits
+    low, best, high = (
+        {name: (n, channels, height, width) for name, channels in INPUTS.items()}
+        for n, height, width in (limits.min, limits.opt, limits.max)
+    )
+    config = build_config(flavor, builder, {name: (low[name], best[name], high[name]) for name in INPUTS})
     if options.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * (1 << 30)))
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
-    if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 10 bits of mantissa are not fp32
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # for RTX: or its work cannot be captured as a CUDA graph
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # or every shape takes the largest's memory
         config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
-    profile, limits = builder.create_optimization_profile(), options.limits
-    for name, channels in INPUTS.items():
-        shapes = [(n, channels, height, width) for n, height, width in (limits.min, limits.opt, limits.max)]
-        profile.set_shape(name, *shapes)
-    config.add_optimization_profile(profile)
+    return config
 
 
 @contextlib.contextmanager

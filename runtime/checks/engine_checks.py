@@ -18,6 +18,7 @@ from ...plugins.shared.errors import EnvironmentMismatch, MisfError
 from ...plugins.shared.extras import is_installed
 from ..engines.flavors import FLAVORS, TITLES, Flavor, installed, load_flavor, logger_of, reason, use_plugin
 from ..engines.inspector import inspect, inspected_layers, inspected_proof
+from ..engines.network import build_config, parsed_network
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,20 +149,12 @@ def _model(onnx_file: Path, precision: str, with_plugin: bool) -> bytes:
 def _build(flavor: Flavor, model: bytes, precision: str, *shapes: tuple[int, ...]) -> bytes:
     trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model):
-        raise MisfError(f"does not parse the filter: {parser.get_error(0).desc() if parser.num_errors else '?'}")
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector
+    network, _parser = parsed_network(flavor, builder, model, "does not parse the filter")
+    inputs = {}
     for index, shape in enumerate(shapes):
         low, high = ((n, shape[1], height, width) for n, height, width in DYNAMIC)
-        best = (low, shape, high) if precision == "fp16" else (shape, shape, shape)
-        profile.set_shape(network.get_input(index).name, *best)
-    config.add_optimization_profile(profile)
+        inputs[network.get_input(index).name] = (low, shape, high) if precision == "fp16" else (shape, shape, shape)
+    config = build_config(flavor, builder, inputs)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise MisfError(f"does not build the filter: {reason(logger)}")

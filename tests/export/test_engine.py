@@ -34,6 +34,7 @@ from misf.runtime.engines import flavors as tensorrt_api
 from misf.runtime.engines.cudart import CudaRuntime
 from misf.runtime.engines.flavors import Flavor
 from misf.runtime.engines.inspector import inspected_layers, inspected_proof, inspected_types
+from misf.runtime.engines.network import parser_error
 from misf.runtime.engines.side_car import MAGICS, Limits, read_info, side_car, write_engine
 
 from ..support.fake_gpu import FakeCudart
@@ -250,7 +251,7 @@ def test_what_the_parser_gets(tiny_onnx: Path) -> None:
     network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
     assert not parser.parse(bare.SerializeToString())  # a plugin that is missing is an error, not a quiet slow path
-    assert "Plugin not found" in engine_module._parser_error(parser)
+    assert "Plugin not found" in parser_error(parser)
 
 
 def test_tensorrt_needs_a_gpu_and_a_plugin(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,10 +330,11 @@ def test_tensorrt_build_on_another_gpu(tensorrt_on_the_second_gpu: Any, fp16: An
 
 def test_what_the_builder_is_asked_for() -> None:
     """By RTX's own config; that it then builds is in all other tests."""
-    builder = trt.Builder(tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, trt.__version__)))
-    config = builder.create_builder_config()
-    assert config.get_flag(trt.BuilderFlag.TF32)
-    engine_module._configure(trt, builder, config, EngineOptions())
+    flavor = Flavor("tensorrt-rtx", trt, trt.__version__)
+    builder = trt.Builder(tensorrt_api.logger_of(flavor))
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    config = engine_module._config(flavor, builder, EngineOptions())
+    assert config.num_optimization_profiles == 1
     assert not config.get_flag(trt.BuilderFlag.TF32)
     assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     assert config.get_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10)

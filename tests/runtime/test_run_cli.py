@@ -21,7 +21,7 @@ from skimage import data
 
 from misf.plugins.shared.errors import MisfError
 from misf.plugins.shared.files import written_whole
-from misf.runtime.fill_file import Batch
+from misf.runtime.fill_file import FileFiller
 from misf.runtime.jobs import Job
 from misf.runtime.run_cli import main
 from misf.training.mask_drawing import MaskFolder
@@ -224,15 +224,15 @@ def test_an_interrupted_folder_goes_on(model: Path, tmp_path: Path, monkeypatch:
     photos, mask, out = tmp_path / "in", _mask(tmp_path / "mask.png"), tmp_path / "in_inpainted"
     for name in ("a.png", "b.png", "c.png"):
         _picture(photos / name)
-    run = Batch.run
+    run = FileFiller.run
 
-    def stopped_at_b(self: Batch, job: Job, **rest: Any) -> dict[str, Any]:
+    def stopped_at_b(self: FileFiller, job: Job, **rest: Any) -> dict[str, Any]:
         if job.relative.name == "b.png":
             raise KeyboardInterrupt
         return run(self, job, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "run", stopped_at_b)
+        patch.setattr(FileFiller, "run", stopped_at_b)
         stopped = _run(model, photos, mask, "--json")
     assert stopped.exit_code == 130
     document = json.loads(stopped.stdout)

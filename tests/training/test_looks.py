@@ -19,7 +19,7 @@ from misf.training import losses
 from misf.training.dataset import Pictures
 from misf.training.efficientnet import load_feature_distance
 from misf.training.mask_drawing import RandomMasks
-from misf.training.recipe import TrainingConfig
+from misf.training.recipe import Recipe
 from misf.training.resident import ResidentSamples
 from misf.training.train_cli import main
 
@@ -247,4 +247,4 @@ def test_gradient_sum_is_that_of_the_hole() -> None:
 def test_recipe_survives_json() -> None:
     from misf.training.recipe import RECIPES
 
-    assert TrainingConfig.from_json(RECIPES["looks"].to_json()) == RECIPES["looks"]
+    assert Recipe.from_json(RECIPES["looks"].to_json()) == RECIPES["looks"]

@@ -28,7 +28,7 @@ from misf.training import train_cli as cli
 from misf.training.dataset import Pictures, TrainingSamples, picture_paths
 from misf.training.mask_drawing import RandomMasks
 from misf.training.model.network import composite
-from misf.training.recipe import ABLATIONS, RECIPES, TrainingConfig
+from misf.training.recipe import ABLATIONS, RECIPES, Recipe
 from misf.training.run_files import RunFolder
 from misf.training.train_cli import main
 from misf.training.trainer import StepSampler, Trainer, make_fabric, train
@@ -52,11 +52,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def samples(folder: Path, config: TrainingConfig) -> TrainingSamples:
+def samples(folder: Path, config: Recipe) -> TrainingSamples:
     return TrainingSamples(Pictures(picture_paths(folder)), RandomMasks(), crop=config.crop, seed=config.seed)
 
 
-def tiny_recipe(**changes: Any) -> TrainingConfig:
+def tiny_recipe(**changes: Any) -> Recipe:
     recipe = RECIPES["paper"].without_vgg()
     return replace(recipe, **{"network": TINY, "steps": 4, "batch": 4, "crop": 32, **changes})
 
@@ -200,7 +200,7 @@ def test_every_sample_is_used_once_however_the_work_is_split() -> None:
         StepSampler(config, 0, 0, 5)
 
 
-def losses_of(config: TrainingConfig, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def losses_of(config: Recipe, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     trainer = Trainer(config, make_fabric("cpu"))
     batches = trainer.batches(samples(folder, config))
     found = [float(trainer.train_step(batches)["total"]) for _ in range(config.steps)]
@@ -358,7 +358,7 @@ def test_switches_of_the_recipe_reach_the_samples(photographs: Path, tmp_path: P
         output = tmp_path / change
         run("--data", photographs, *QUICK, "--recipe", "fidelity", "--set", change, "--steps", "1", "--output", output)
         settings = RunFolder(output).read_settings()
-        recipe = TrainingConfig.from_json(json.dumps(settings["recipe"]))
+        recipe = Recipe.from_json(json.dumps(settings["recipe"]))
         assert recipe.shuffle_colors is shuffled
         assert cli._samples(settings, recipe, "cpu", 0).shuffle_colors is shuffled
 
