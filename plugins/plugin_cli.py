@@ -8,7 +8,7 @@ import re
 import click
 
 from .shared.command import Command, command, print_json
-from .shared.errors import EnvironmentMismatch, MisfError
+from .shared.errors import EnvironmentMismatch
 
 
 class _Group(Command, click.Group):
@@ -124,7 +124,7 @@ def _installed_major() -> int:
             return int(version(package).split(".")[0])
         except PackageNotFoundError:
             continue
-    raise MisfError("TensorRT is not installed in this Python: say which one is meant, as in --tensorrt 10")
+    raise EnvironmentMismatch("TensorRT is not installed in this Python: say which one is meant, as in --tensorrt 10")
 
 
 def _document(info: object) -> dict[str, object]:

@@ -9,6 +9,7 @@ ENVIRONMENT = 4
 BATCH_FAILURES = 5
 """Some files of a folder failed, the others are done."""
 INTERRUPTED = 130
+# 143: terminated; 128 and the signal's number
 
 
 class MisfError(Exception):

@@ -141,7 +141,14 @@ def reference_layers(network: Any, image: Array, mask: Array) -> Layers:
 
 def layer_nodes(model: ModelProto) -> dict[str, Any]:
     """Return the layers' nodes of a file of misf-export by name, in graph order."""
-    return {node.name: node for node in model.graph.node if node.op_type in MEASURED}
+    return {node.name: node for node in model.graph.node if _is_layer(node)}
+
+
+def _is_layer(node: Any) -> bool:
+    """Return whether a node is a filter, or a convolution with weights of the checkpoint."""
+    if node.op_type not in MEASURED:
+        return False
+    return node.op_type == onnx_op.OP_TYPE or ".weight" in node.input[1]
 
 
 def feeding_layers(model: ModelProto) -> dict[str, list[str]]:
@@ -156,7 +163,7 @@ def feeding_layers(model: ModelProto) -> dict[str, list[str]]:
                 continue
             seen.add(name)
             maker = makers[name]
-            if maker.op_type in MEASURED:
+            if _is_layer(maker):
                 yield maker.name
             else:
                 waiting.extend(maker.input)

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 pytest.importorskip("polygraphy")
 
+from misf.export.exporter import export_onnx
 from misf.plugins.shared.errors import EnvironmentMismatch, MisfError
 from misf.plugins.shared.files import sha256
 from misf.runtime.checks import accuracy
@@ -27,6 +28,9 @@ from misf.runtime.checks import layer_errors as layers
 from misf.runtime.checks.verify_cli import furthest
 from misf.runtime.checks.verify_cli import main as verify
 from misf.training import load_model
+from misf.training.model.checkpoint import load_checkpoint
+
+CONVOLUTIONS = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 
 
 def run(model: Path, checkpoint: Path, *options: str) -> Any:
@@ -43,6 +47,16 @@ def scaled(source: Path, target: Path, weight: str, factor: float) -> Path:
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(model, target)
     return target
+
+
+def test_the_shipped_network_has_fixed_convolutions_that_are_no_layers(tmp_path: Path) -> None:
+    checkpoint = Path(__file__).parents[2] / "training" / "weights" / "misf-small.safetensors"
+    export_onnx(load_checkpoint(checkpoint), tmp_path / "small.onnx")
+    result = run(tmp_path / "small.onnx", checkpoint, "--json")
+    assert result.exit_code == 0, result.stderr
+    names = [layer["name"] for layer in json.loads(result.stdout)["layers"]]
+    trained = [name for name, module in load_model(checkpoint).named_modules() if isinstance(module, CONVOLUTIONS)]
+    assert sorted(names) == sorted([*trained, "feature_filter", "image_filter"])
 
 
 def test_numbers_by_hand() -> None:
