@@ -207,6 +207,8 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         said = metadata.read_metadata(path.name, image, data)
         orientation = 1 if format_ == "TIFF" else said.orientation  # Pillow turns a TIFF while it reads it
         info["icc_profile"] = image.info["icc_profile"] = said.icc or None
+        if isinstance(info.get("comment"), bytes):
+            info["comment"] = image.info["comment"] = metadata.without_jpegs(info["comment"])
         if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
             raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
         canvas: PillowCanvas | ArrayCanvas

@@ -41,9 +41,14 @@ COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"iCCP")
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 DECODED_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"eXIf")
 RAW_PROFILE = b"Raw profile type "
-_JPEG = re.compile(rb"\xff\xd8\xff[\xc0-\xfe].*?\xff\xd9", re.DOTALL)
-_BASE64_PICTURE = re.compile(rb"(?:/9j/|iVBORw0KGgo)(?:[A-Za-z0-9+/=\s]|&#x[AaDd];)+")
-_XMP_IMAGE = re.compile(rb"<([\w.-]+:image)>[^<]*</\1>")
+IPTC_PREVIEWS = ((2, 200), (2, 201), (2, 202))  # its format, its version, itself
+IPTC_OBJECT = (7, 8, 9)  # the records that hold the picture itself
+PHOTOSHOP_PREVIEWS = (1033, 1036)
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# The first bytes of a JPEG, a PNG and a WebP.
+_BASE64_PICTURE = re.compile(rb"(?:/9j/|iVBORw0KGgo|UklGR)(?:[A-Za-z0-9+/=\s]|&#x[AaDd];){64,}")
+_XMP_IMAGE = re.compile(rb"""(<([\w.-]+:image)(?:\s[^<>]*)?>)[^<]*(</\2\s*>)""")
+_XMP_IMAGE_ATTRIBUTE = re.compile(rb"""([\w.-]+:image\s*=\s*)(?:"[^"<]*"|'[^'<]*')""")
 _XMP_ORIENTATION = re.compile(rb"""(tiff:Orientation\s*(?:=\s*["']|>)\s*)(\d)""")
 
 
@@ -103,8 +108,42 @@ def read_metadata(name: str, image: Image.Image, data: bytes) -> Metadata:
         log.warning("%s: its EXIF data is damaged and left out", name)
         found.exif = b""
     found.exif = without_previews(found.exif)
-    found.xmp = _BASE64_PICTURE.sub(b"", _XMP_IMAGE.sub(rb"<\1></\1>", found.xmp))
+    found.iptc = _iptc_without_previews(found.iptc)
+    if found.xmp and not (cleaned := _xmp_without_previews(found.xmp)):
+        log.warning("%s: its XMP is damaged and left out", name)
+    found.xmp = cleaned if found.xmp else b""
     return found
+
+
+def without_jpegs(data: bytes) -> bytes:
+    """Return bytes of the same length with zeros in place of each JPEG in them."""
+    changed = bytearray(data)
+    for start, end in _jpegs(data):
+        changed[start:end] = bytes(end - start)
+    return bytes(changed)
+
+
+def info_without_previews(info: dict[Any, Any]) -> dict[Any, Any]:
+    """Return what Pillow's `info` of a picture says, less its previews."""
+    kept: dict[Any, Any] = {}
+    for key, value in info.items():
+        if key == "exif" and isinstance(value, bytes):
+            head = b"Exif\0\0" if value.startswith(b"Exif\0\0") else b""
+            kept[key] = head + without_previews(value.removeprefix(head))
+        elif key == "photoshop" and isinstance(value, dict):
+            kept[key] = {kind: body for kind, body in value.items() if kind not in PHOTOSHOP_PREVIEWS}
+        elif key == "xmp" and isinstance(value, bytes):
+            kept[key] = _xmp_without_previews(value)
+        elif key in ("comment", "iptc") and isinstance(value, bytes):
+            kept[key] = without_jpegs(value)
+        elif isinstance(value, str):
+            if not str(key).startswith(RAW_PROFILE.decode()):
+                text = value.encode("utf-8", "surrogateescape")
+                clean = _xmp_without_previews(text) if key == XMP_KEY.decode() else _BASE64_PICTURE.sub(b"", text)
+                kept[key] = value if clean == text else clean.decode("utf-8", "surrogateescape")
+        else:
+            kept[key] = value
+    return kept
 
 
 def png_for_decoder(data: bytes) -> bytes:
@@ -127,21 +166,23 @@ def without_previews(exif: bytes) -> bytes:
     """Return EXIF without its second directory (the thumbnail) and without the JPEGs in it (makers' previews)."""
     if not _entries(exif):
         return exif
-    order = "<" if exif[:2] == b"II" else ">"
-    changed = bytearray(exif)
+    order = _order(exif)
+    changed = bytearray(without_jpegs(exif))
     first = struct.unpack_from(order + "I", exif, 4)[0]
     link = first + 2 + 12 * struct.unpack_from(order + "H", exif, first)[0]
-    gone = [match.span() for match in _JPEG.finditer(exif)]
-    if link + 4 <= len(exif):
-        second = struct.unpack_from(order + "I", exif, link)[0]
-        changed[link : link + 4] = bytes(4)
-        entries = {entry.tag: entry for entry in _directory(exif, second)} if second else {}
-        gone += [(second, second + 6 + 12 * len(entries))] if entries else []
-        for start, length in ((0x0201, 0x0202), (0x0111, 0x0117)):
-            if start in entries and length in entries:
-                starts, lengths = _numbers(entries[start], order), _numbers(entries[length], order)
-                gone += [(at, at + size) for at, size in zip(starts, lengths, strict=False)]
+    if link + 4 > len(exif):
+        return bytes(changed)
+    second = struct.unpack_from(order + "I", exif, link)[0]
+    changed[link : link + 4] = bytes(4)
+    entries = {entry.tag: entry for entry in _directory(exif, second)} if second else {}
+    gone = [(second, second + 6 + 12 * len(entries))] if entries else []
+    for start, length in ((0x0201, 0x0202), (0x0111, 0x0117)):
+        if start in entries and length in entries:
+            starts, lengths = _numbers(entries[start], order), _numbers(entries[length], order)
+            gone += [(at, at + size) for at, size in zip(starts, lengths, strict=False)]
     for start, end in sorted(gone, reverse=True):
+        if start < 8 or (start < link + 4 and end > first):
+            continue  # a damaged file's second directory lies over the first one
         if end >= len(changed):
             del changed[start:]
         else:
@@ -249,7 +290,12 @@ def _of_png(name: str, data: bytes) -> Metadata:
                 found.iptc = found.iptc or _iptc(profile)
             else:
                 log.warning("%s: its %s is left out", name, key.decode("latin-1"))
+        elif kind in TEXT_CHUNKS:
+            found.chunks.append((kind, _text_without_previews(kind, body)))
         elif kind in COLOUR_CHUNKS or (kind[0] & 32 and kind[3] & 32 and kind not in DECODED_CHUNKS):
+            if kind not in COLOUR_CHUNKS and _jpegs(body):
+                log.warning("%s: its chunk %s holds a picture and is left out", name, kind.decode("latin-1"))
+                continue
             found.chunks.append((kind, body))
             if kind == b"iCCP":
                 found.icc = _inflated(body[len(key) + 2 :])
@@ -286,6 +332,92 @@ def _iptc(block: bytes) -> bytes:
             return block[start + 4 : start + 4 + length]
         position = start + 4 + length + length % 2
     return b""
+
+
+def _iptc_without_previews(iptc: bytes) -> bytes:
+    """Return IPTC records less those of a preview (IIM 4.2, 1.5: marker, record, data set, length, data)."""
+    kept, position = b"", 0
+    while iptc[position : position + 1] == b"\x1c" and position + 5 <= len(iptc):
+        start, length = position + 5, int.from_bytes(iptc[position + 3 : position + 5], "big")
+        if length & 0x8000:  # the length of the length
+            start, size = start + (length & 0x7FFF), length & 0x7FFF
+            length = int.from_bytes(iptc[start - size : start], "big") if size <= 4 else len(iptc)
+        kind = (iptc[position + 1], iptc[position + 2])
+        if kind not in IPTC_PREVIEWS and kind[0] not in IPTC_OBJECT:
+            kept += iptc[position : start + length]
+        position = start + length
+    return without_jpegs(kept + iptc[position:])
+
+
+def _xmp_without_previews(xmp: bytes) -> bytes:
+    """Return XMP in UTF-8 less the pictures in it; b"" where its letters cannot be read."""
+    if b"\0" in xmp.rstrip(b"\0"):  # of the encodings that XMP allows, UTF-8 alone has no zeros
+        wide = "utf-32" if xmp[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"<\0\0\0", b"\0\0\0<") else "utf-16"
+        if xmp[:1] in (b"<", b"\0") and xmp[:4] != b"\0\0\xfe\xff":  # no mark of the order of bytes
+            wide += "-le" if xmp[:1] == b"<" else "-be"
+        try:
+            xmp = xmp.decode(wide).encode()
+        except UnicodeError:
+            return b""
+    xmp = _XMP_IMAGE_ATTRIBUTE.sub(rb'\1""', _XMP_IMAGE.sub(rb"\1\3", xmp))
+    return _BASE64_PICTURE.sub(b"", xmp)
+
+
+def _text_without_previews(kind: bytes, body: bytes) -> bytes:
+    """Return the body of a PNG's text; the same bytes where no picture is in it."""
+    key, _, rest = body.partition(b"\0")
+    packed = kind == b"zTXt" or rest[:1] == b"\1"
+    head = {b"tEXt": b"", b"zTXt": rest[:1]}.get(kind, b"")
+    text = rest[len(head) :]
+    if kind == b"iTXt":
+        parts = rest[2:].split(b"\0", 2)
+        if len(parts) < 3:
+            return body
+        text = parts[2]
+        head = rest[: len(rest) - len(text)]
+    if packed and kind != b"tEXt":
+        text = _inflated(text)
+    cleaned = _BASE64_PICTURE.sub(b"", without_jpegs(text))
+    if cleaned == text:
+        return body
+    return key + b"\0" + head + (zlib.compress(cleaned) if packed and kind != b"tEXt" else cleaned)
+
+
+def _jpegs(data: bytes) -> list[tuple[int, int]]:
+    """Return where the JPEGs in `data` begin and end; one within another is part of it."""
+    found, start = [], data.find(b"\xff\xd8\xff")
+    last = data.rfind(b"\xff\xd9")
+    while start >= 0:
+        end, whole = _jpeg_end(data, start)
+        if not whole and start < last:  # a damaged one, up to the next end there is
+            end = (data.find(b"\xff\xd9", end) if end <= last else last) + 2
+            whole = True
+        if whole:
+            found.append((start, end))
+        start = data.find(b"\xff\xd8\xff", max(end, start + 3))
+    return found
+
+
+def _jpeg_end(data: bytes, start: int) -> tuple[int, bool]:
+    """Return where a JPEG that begins at `start` ends (a cut one: with the data), and True; or where it is none."""
+    position, scanned = start + 2, False
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        kind = data[position + 1]
+        if kind == 0xD9:
+            return position + 2, True
+        if kind == 0xFF or kind == 0x01 or 0xD0 <= kind <= 0xD7:
+            position += 1 if kind == 0xFF else 2
+            continue
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if kind == 0xDA:
+            scanned = True
+            following = _AFTER_SCAN.search(data, position)
+            if following is None:
+                return len(data), True
+            position = following.start()
+    if data[position : position + 2] == b"\xff\xd9":
+        return position + 2, True
+    return (len(data), True) if scanned and position + 4 > len(data) else (min(position, len(data)), False)
 
 
 def _inflated(data: bytes) -> bytes:
@@ -338,15 +470,21 @@ def _order(tiff: bytes) -> str:
 
 
 def _directory(tiff: bytes, offset: int, depth: int = 0) -> list[_Entry]:
-    """Return the entries of one directory, with those that it points to; what lies outside the bytes is left out."""
+    """Return the entries of one directory, with those that it points to; what lies outside the bytes is left out.
+
+    Damage can make every entry point at one place, a directory among them: of a tag the first entry counts, and all
+    values together are no longer than the bytes.
+    """
     order, big = _order(tiff), 43 in tiff[2:4]
     head, row, value = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
     size = struct.calcsize(order + head)
     if offset + size > len(tiff):
         return []
-    found = []
+    found: list[_Entry] = []
+    tags: set[int] = set()
+    left = len(tiff)
     step = struct.calcsize(order + row) + value
-    for number in range(struct.unpack_from(order + head, tiff, offset)[0]):
+    for number in range(min(struct.unpack_from(order + head, tiff, offset)[0], 65535)):
         at = offset + size + number * step
         if at + step > len(tiff):
             break
@@ -355,8 +493,10 @@ def _directory(tiff: bytes, offset: int, depth: int = 0) -> list[_Entry]:
         start = at + step - value
         if length > value:
             start = struct.unpack_from(order + ("Q" if big else "I"), tiff, start)[0]
-        if start + length > len(tiff):
+        if start + length > len(tiff) or length > left or tag in tags:
             continue
+        tags.add(tag)
+        left -= length
         data = tiff[start : start + length]
         inner = None
         if tag in POINTERS and depth < 2 and kind in (4, 13, 16, 18) and count == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -123,6 +124,109 @@ def test_a_preview_in_a_makers_note_is_removed() -> None:
     assert PREVIEW[:20] not in cleaned
     assert cleaned.endswith(b"end!")
     assert len(cleaned) == len(exif)
+
+
+def _note(note: bytes) -> bytes:
+    """Return EXIF of a maker's note alone."""
+    return b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x927C, 7, len(note), 26) + bytes(4) + note
+
+
+def test_a_preview_with_a_preview_of_its_own_is_removed_whole() -> None:
+    inner = _jpeg(PIXELS[:8, :8])
+    outer = PREVIEW[:2] + struct.pack(">BBH", 0xFF, 0xE1, len(inner) + 2) + inner + PREVIEW[2:]
+    assert without_previews(_note(b"Maker" + outer + b"end!")) == _note(b"Maker" + bytes(len(outer)) + b"end!")
+    assert without_previews(_note(b"Maker" + outer)) == _note(b"Maker" + bytes(len(outer)))  # nothing is cut off
+
+
+def _iptc_in_photoshop(records: bytes) -> bytes:
+    body = b"8BIM" + struct.pack(">HHI", 0x0404, 0, len(records)) + records + bytes(len(records) % 2)
+    body = b"Photoshop 3.0\0" + body
+    return struct.pack(">BBH", 0xFF, 0xED, len(body) + 2) + body
+
+
+def _png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    return add_to_png(buffer.getvalue(), list(chunks))
+
+
+ENCODED = base64.b64encode(PREVIEW)
+CAPTION = b"\x1c\x02\x78\0\x07caption"
+RAW = base64.b64encode(PIXELS[:16, :16].tobytes())  # no file's first bytes: known by its tag alone
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><dc:title>kept</dc:title>%s</x:xmpmeta>'
+HIDING_PLACES = {
+    "IPTC.jpg": (
+        _jpeg(PIXELS)[:2]
+        + _iptc_in_photoshop(b"\x1c\x02\xca" + struct.pack(">H", len(PREVIEW)) + PREVIEW + CAPTION)
+        + _jpeg(PIXELS)[2:]
+    ),
+    "comment.jpg": (
+        _jpeg(PIXELS)[:2] + struct.pack(">BBH", 0xFF, 0xFE, len(PREVIEW) + 2) + PREVIEW + _jpeg(PIXELS)[2:]
+    ),
+    "text.png": _png_with((b"tEXt", b"Thumb::Image\0kept" + ENCODED)),
+    "packed text.png": _png_with((b"zTXt", b"preview\0\0" + zlib.compress(b'{"kept": "' + ENCODED + b'"}'))),
+    "international text.png": _png_with((b"iTXt", b"preview\0\1\0en\0\0" + zlib.compress(b"kept " + ENCODED))),
+    "chunk.png": _png_with((b"prVw", PREVIEW)),
+    "XMP tag.png": _png_with(
+        (b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + XMP % (b'<g:image a="1">' + RAW + b"</g:image >"))
+    ),
+    "XMP attribute.png": _png_with(
+        (b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + XMP % (b"<rdf:li g:image='" + RAW + b"'/>"))
+    ),
+}
+
+
+@pytest.mark.parametrize("target", FORMATS)
+@pytest.mark.parametrize("place", HIDING_PLACES)
+def test_a_preview_is_removed_from_wherever_it_was(tmp_path: Path, place: str, target: str) -> None:
+    source = tmp_path / place
+    source.write_bytes(HIDING_PLACES[place])
+    written = _result(source, tmp_path / f"out{target}").read_bytes()
+    if target == ".png":
+        for kind, body in png16.chunks(written):
+            start = {b"zTXt": body.find(b"\0") + 2, b"iTXt": body.find(b"en\0\0") + 4}.get(kind)
+            if start is not None and body[start : start + 1] == b"\x78":
+                written += zlib.decompress(body[start:])
+        written += b"".join(bytes.fromhex(word.decode()) for word in written.split() if word[:8] == CAPTION.hex()[:8])
+        if "text" in place:
+            assert b"kept" in written
+    for hidden in (PREVIEW[40:], PREVIEW[40:].hex().encode(), ENCODED[60:], RAW[60:]):
+        assert hidden not in written
+
+
+def test_the_rest_of_iptc_and_of_xmp_in_another_encoding_stays(tmp_path: Path) -> None:
+    (tmp_path / "in.jpg").write_bytes(HIDING_PLACES["IPTC.jpg"])
+    with Image.open(_result(tmp_path / "in.jpg")) as image:
+        assert image.info["photoshop"][0x0404] == CAPTION
+    packet = XMP % (b"<g:image>" + RAW + b"</g:image>")
+    for encoding in ("utf-16", "utf-16-be", "utf-32-le"):
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[700], tags.tagtype[700] = packet.decode().encode(encoding), 1
+        Image.fromarray(PIXELS).save(tmp_path / "in.tif", tiffinfo=tags)
+        with Image.open(_result(tmp_path / "in.tif", tmp_path / "out.jpg")) as image:
+            assert image.info["xmp"].lstrip(b"\xef\xbb\xbf") == XMP % b"<g:image></g:image>"
+
+
+def test_damage_that_points_at_itself_takes_no_time(tmp_path: Path) -> None:
+    pointers = struct.pack("<HHII", 0x8769, 4, 1, 8) * 5000
+    loops = b"II*\0\x08\0\0\0" + struct.pack("<H", 5000) + pointers + bytes(4)
+    starts = _note(b"\xff\xd8\xff\xe0" * 15_000)
+    whole_file = b"".join(struct.pack("<HHII", tag, 7, 60_000, 8) for tag in range(0x9000, 0x9000 + 4990))
+    large = b"II*\0\x08\0\0\0" + struct.pack("<H", 4990) + whole_file + bytes(4) + bytes(200)
+    nested = b"II*\0\x08\0\0\0" + struct.pack("<HHHIII", 1, 0x8769, 4, 1, 26, 0) + large[8:]
+    for exif in (loops, starts, large, nested):
+        Image.fromarray(PIXELS).save(tmp_path / "in.png")
+        (tmp_path / "in.png").write_bytes(add_to_png((tmp_path / "in.png").read_bytes(), [(b"eXIf", exif)]))
+        started = time.perf_counter()
+        for suffix in (".png", ".jpg", ".tif"):
+            assert len(_result(tmp_path / "in.png", tmp_path / f"out{suffix}").read_bytes()) < 1_000_000
+        assert time.perf_counter() - started < 5
+
+
+def test_a_second_directory_over_the_first_leaves_the_first_alone() -> None:
+    row = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"II*\0\x08\0\0\0\x01\0" + row + struct.pack("<I", 8)
+    assert without_previews(exif) == b"II*\0\x08\0\0\0\x01\0" + row + bytes(4)
 
 
 @pytest.mark.parametrize("garbage", [b"garbage!", b"b'Exif\\x00\\x00II*\\x00'", b"II*\0\xff\xff\xff\xff"])
