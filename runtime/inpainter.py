@@ -24,6 +24,7 @@ from .pictures.crops import Crop, fit, plan_crops
 from .pictures.geometry import Mask, Size
 from .pictures.image_io import as_stored, open_mask, open_picture, orientation_of, upright
 from .pictures.masks import check_mask, mask_from_array, mask_from_image
+from .pictures.metadata import info_without_previews
 from .pictures.settings import CropSettings
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Inpainter:
         image: uint8 or uint16 H,W,3 RGB (or H,W grey, H,W,4 RGBA), or a Pillow picture. mask: uint8 H,W (over 127 =
         hole) or bool, or a Pillow picture (white = hole). A mask is for the picture as it is displayed, turned by its
         EXIF orientation, and the result is stored turned as the picture was: as in misf-run.
+        What a Pillow picture's `info` says stays, less the previews, which would show what was removed.
         Raises ValueError for a wrong shape, type or size, MisfError when the model fails or memory runs out.
         """
         hole = _hole(mask)
@@ -96,7 +98,7 @@ class Inpainter:
             shown = shown.copy()
             self.fill(PillowCanvas(shown), hole)
         stored = as_stored(shown, orientation_of(image, "the picture"))
-        stored.info = dict(image.info)
+        stored.info = info_without_previews(image.info)
         return stored
 
     __call__ = inpaint

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import io
 import logging
 import os
+import struct
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -137,6 +139,30 @@ def test_pillow_pictures_come_back_in_their_mode(inpaint: Inpainter, mode: str, 
     np.testing.assert_array_equal(np.array(image), given)
     np.testing.assert_array_equal(np.array(result)[mask == 0], given[mask == 0])
     assert len(np.unique(np.array(result)[mask > 0].reshape(220, -1), axis=0)) == 1
+
+
+def test_a_pillow_result_says_what_the_picture_said_less_its_previews(inpaint: Inpainter) -> None:
+    image = Image.fromarray(np.full((32, 48, 3), 90, np.uint8))
+    buffer = io.BytesIO()
+    image.resize((12, 8)).save(buffer, "JPEG")
+    preview = buffer.getvalue()
+    second = struct.pack("<HHHIIHHIII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(preview), 0) + preview
+    exif = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHIHHI", 0x0112, 3, 1, 1, 0, 26) + second
+    packet = b"<x><a:image>" + base64.b64encode(preview) + b"</a:image>kept</x>"
+    image.info = {"exif": b"Exif\0\0" + exif, "xmp": packet, "comment": b"kept" + preview, "dpi": (300, 300)}
+    image.info |= {"photoshop": {1036: preview, 1028: b"kept"}, "Raw profile type exif": exif.hex(), "Title": "kept"}
+    hole = np.zeros((32, 48), np.bool_)
+    hole[8:16, 8:16] = True
+    result = inpaint(image, hole)
+    assert result.info == {
+        "exif": b"Exif\0\0" + exif[:22] + bytes(4),
+        "xmp": b"<x><a:image></a:image>kept</x>",
+        "comment": b"kept" + bytes(len(preview)),
+        "dpi": (300, 300),
+        "photoshop": {1028: b"kept"},
+        "Title": "kept",
+    }
+    assert image.info["exif"] == b"Exif\0\0" + exif  # the caller's picture stays as it was
 
 
 def test_sixteen_bit_arrays_are_filled_with_sixteen_bits(inpaint: Inpainter, rng: np.random.Generator) -> None:
