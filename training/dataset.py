@@ -13,12 +13,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..plugins.shared.errors import MisfError
 from ..runtime.pictures.geometry import Mask
+from ..runtime.pictures.image_io import upright
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
             ratio = max(opened.size) / min(opened.size)
             if short_side:
                 opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
-            picture: Image.Image = ImageOps.exif_transpose(opened)
+            picture: Image.Image = upright(opened, Path(path).name)
             if picture.mode in ("I", "F"):  # whether 1, 255 or 65535 is white nobody can tell
                 raise ValueError(f"32-bit numbers (Pillow's mode {picture.mode}) are not supported: save it as 8 bits")
             if picture.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion clips at 255

@@ -170,7 +170,9 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
         ValueError: the folder holds no picture, or one that cannot be read.
 
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from ..pictures.image_io import upright
 
     names = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not names:
@@ -179,7 +181,7 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
     for name in names:
         try:
             with Image.open(name) as picture:
-                pictures.append(np.asarray(ImageOps.exif_transpose(picture).convert("RGB")))
+                pictures.append(np.asarray(upright(picture, name.name).convert("RGB")))
         except Exception as error:  # every decoder has its own
             raise ValueError(f"{name} cannot be read as a picture: {one_line(error)}") from error
     return pictures

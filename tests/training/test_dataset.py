@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from itertools import permutations
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from misf.plugins.shared.errors import MisfError
+from misf.runtime.checks.accuracy import load_photographs
 from misf.runtime.pictures.image_io import open_mask
 from misf.runtime.pictures.masks import mask_from_image
 from misf.training.dataset import Pictures, TrainingSamples, picture_paths, read_picture
@@ -313,3 +315,11 @@ def test_pictures_of_32_bit_numbers_are_reported_not_black(
     Image.fromarray(np.full((8, 8), 200, kind)).save(tmp_path / "deep.tif")
     assert Pictures([tmp_path / "deep.tif"]).get(0) is None
     assert "32-bit numbers" in caplog.text
+
+
+def test_a_picture_with_odd_metadata_is_read_and_turned(tmp_path: Path) -> None:
+    exif = b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIHHHHIf", 0x0112, 3, 1, 6, 0, 0x0128, 11, 1, 2.5) + bytes(4)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "odd.png", exif=b"Exif\0\0" + exif)
+    np.testing.assert_array_equal(read_picture(tmp_path / "odd.png"), np.rot90(pixels, -1))
+    np.testing.assert_array_equal(load_photographs(tmp_path)[0], np.rot90(pixels, -1))
