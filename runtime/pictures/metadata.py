@@ -38,12 +38,22 @@ UNPACKED = 64 << 20  # bytes that a compressed text or profile may become
 XMP_KEY = b"XML:com.adobe.xmp"
 # Kept beside what the PNG specification marks as safe to copy: they hold for the colours, which stay what they are.
 COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"iCCP")
+CHUNK_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"cICP": 4, b"mDCV": 24, b"cLLI": 8, b"pHYs": 9}
+KEY_BYTES = {0: range(2, 3), 2: range(6, 7), 3: range(1, 257)}  # of tRNS, by the PNG's colour type
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 DECODED_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"pHYs", b"eXIf")
 RAW_PROFILE = b"Raw profile type "
 IPTC_PREVIEWS = ((2, 200), (2, 201), (2, 202))  # its format, its version, itself
 IPTC_OBJECT = (7, 8, 9)  # the records that hold the picture itself
 PHOTOSHOP_PREVIEWS = (1033, 1036)
+# How XMP that is not in UTF-8 begins: a mark of the order of bytes, or "<".
+WIDE_LETTERS = (
+    *((mark.encode(name), name) for name in ("utf-32-le", "utf-32-be") for mark in "\ufeff<"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+    (b"<\0", "utf-16-le"),
+    (b"\0<", "utf-16-be"),
+)
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # The first bytes of a JPEG, a PNG and a WebP.
 _BASE64_PICTURE = re.compile(rb"(?:/9j/|iVBORw0KGgo|UklGR)(?:[A-Za-z0-9+/=\s]|&#x[AaDd];){64,}")
@@ -148,13 +158,15 @@ def info_without_previews(info: dict[Any, Any]) -> dict[Any, Any]:
 
 def png_for_decoder(data: bytes) -> bytes:
     """Return a PNG with what makes its pixels and, of EXIF, the orientation: no text can stop the decoder."""
-    parts, position = [png16.SIGNATURE], len(png16.SIGNATURE)
+    parts, position, colour = [png16.SIGNATURE], len(png16.SIGNATURE), data[25:26]
     for kind, body in png16.chunks(data):
         end = position + 12 + len(body)
         if kind == b"eXIf":
             orientation = Metadata(body).orientation
             exif = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
             parts.append(png16.chunk(kind, exif))
+        elif not _is_sound(kind, body, colour):
+            pass
         elif kind in DECODED_CHUNKS or kind in (b"acTL", b"fcTL", b"fdAT"):
             parts.append(data[position:end])  # with its checksum, so that damage shows
         position = end
@@ -276,7 +288,9 @@ def _of_png(name: str, data: bytes) -> Metadata:
     found = Metadata()
     for kind, body in png16.chunks(data):
         key = body.split(b"\0", 1)[0]
-        if kind == b"eXIf":
+        if not _is_sound(kind, body, data[25:26]):
+            log.warning("%s: its chunk %s is damaged and left out", name, kind.decode("latin-1"))
+        elif kind == b"eXIf":
             found.exif = body
         elif kind == b"iTXt" and key == XMP_KEY:
             found.xmp = _itxt(body)
@@ -300,6 +314,16 @@ def _of_png(name: str, data: bytes) -> Metadata:
             if kind == b"iCCP":
                 found.icc = _inflated(body[len(key) + 2 :])
     return found
+
+
+def _is_sound(kind: bytes, body: bytes, colour: bytes) -> bool:
+    """Return whether a PNG's chunk beside its pixels has the length of its kind, or can be unpacked."""
+    if kind == b"tRNS":
+        return len(body) in KEY_BYTES.get(int.from_bytes(colour, "big"), ())
+    if kind in (b"zTXt", b"iCCP"):
+        _, found, rest = body.partition(b"\0")
+        return bool(found) and rest[:1] == b"\0" and (_inflated(rest[1:]) != b"" or rest[1:] == zlib.compress(b""))
+    return kind not in CHUNK_BYTES or len(body) == CHUNK_BYTES[kind]
 
 
 def _of_tiff(data: bytes) -> Metadata:
@@ -351,10 +375,8 @@ def _iptc_without_previews(iptc: bytes) -> bytes:
 
 def _xmp_without_previews(xmp: bytes) -> bytes:
     """Return XMP in UTF-8 less the pictures in it; b"" where its letters cannot be read."""
-    if b"\0" in xmp.rstrip(b"\0"):  # of the encodings that XMP allows, UTF-8 alone has no zeros
-        wide = "utf-32" if xmp[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"<\0\0\0", b"\0\0\0<") else "utf-16"
-        if xmp[:1] in (b"<", b"\0") and xmp[:4] != b"\0\0\xfe\xff":  # no mark of the order of bytes
-            wide += "-le" if xmp[:1] == b"<" else "-be"
+    wide = next((name for start, name in WIDE_LETTERS if xmp.startswith(start)), None)
+    if wide:
         try:
             xmp = xmp.decode(wide).encode()
         except UnicodeError:

@@ -207,6 +207,32 @@ def test_the_rest_of_iptc_and_of_xmp_in_another_encoding_stays(tmp_path: Path) -
             assert image.info["xmp"].lstrip(b"\xef\xbb\xbf") == XMP % b"<g:image></g:image>"
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"gAMA", b"\0"),
+        (b"cHRM", bytes(31)),
+        (b"sRGB", b""),
+        (b"pHYs", bytes(8)),
+        (b"tRNS", bytes(5)),
+        (b"iCCP", b"profile\0\0no zlib"),
+        (b"zTXt", b"Title\0\0no zlib"),
+        (b"zTXt", b"Title\0\7" + zlib.compress(b"an unknown method")),
+    ],
+)
+def test_a_damaged_chunk_is_left_out_with_a_warning(
+    tmp_path: Path, kind: bytes, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in.png").write_bytes(_png_with((kind, body), (b"tEXt", b"Title\0kept")))
+    for suffix in FORMATS:
+        with Image.open(_result(tmp_path / "in.png", tmp_path / f"out{suffix}")) as image:
+            image.load()
+            if suffix == ".png":
+                np.testing.assert_array_equal(np.asarray(image), PIXELS)
+                assert image.info == {"Title": "kept"}
+    assert f"in.png: its chunk {kind.decode()} is damaged and left out" in caplog.text
+
+
 def test_damage_that_points_at_itself_takes_no_time(tmp_path: Path) -> None:
     pointers = struct.pack("<HHII", 0x8769, 4, 1, 8) * 5000
     loops = b"II*\0\x08\0\0\0" + struct.pack("<H", 5000) + pointers + bytes(4)
