@@ -116,7 +116,8 @@ class Picture:
         if isinstance(self.canvas, ArrayCanvas):
             array = _displayed(self.canvas.array, turn_back)
             if format_ == "PNG" and self.format == "PNG":
-                own = [one for one in png16.chunks(self.data) if one[0] in (b"tRNS", b"pHYs")]
+                shown = metadata.png_for_decoder(self.data)
+                own = [one for one in png16.chunks(shown) if one[0] in (b"tRNS", b"pHYs")]
                 return metadata.add_to_png(png16.encode(array), metadata.png_chunks(said, same) + own)
             image = Image.fromarray(array)
         else:
@@ -213,7 +214,7 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
             raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
         canvas: PillowCanvas | ArrayCanvas
         if raw_mode is not None and _keeps_depth(path, target, ("PNG",)):
-            canvas = ArrayCanvas(_displayed(png16.decode(data, raw_mode), orientation))
+            canvas = ArrayCanvas(_displayed(png16.decode(metadata.png_for_decoder(data), raw_mode), orientation))
         elif image.mode.startswith("I;16") and _keeps_depth(path, target, ("PNG", "TIFF")):
             canvas = ArrayCanvas(_displayed(np.array(image, np.uint16), orientation))
         else:

@@ -233,6 +233,16 @@ def test_a_damaged_chunk_is_left_out_with_a_warning(
     assert f"in.png: its chunk {kind.decode()} is damaged and left out" in caplog.text
 
 
+def test_a_deep_picture_opens_beside_long_texts_and_damaged_chunks(tmp_path: Path) -> None:
+    long_text = (b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 3_000_000))
+    pixels = PIXELS.astype(np.uint16) * 257
+    given = [long_text, (b"pHYs", bytes(8)), (b"gAMA", b"\0")]
+    (tmp_path / "in.png").write_bytes(add_to_png(png16.encode(pixels), given))
+    kept = list(png16.chunks(_result(tmp_path / "in.png").read_bytes()))
+    assert [one in kept for one in given] == [True, False, False]
+    assert dict(kept)[b"IDAT"] == dict(png16.chunks(png16.encode(pixels)))[b"IDAT"]
+
+
 def test_damage_that_points_at_itself_takes_no_time(tmp_path: Path) -> None:
     pointers = struct.pack("<HHII", 0x8769, 4, 1, 8) * 5000
     loops = b"II*\0\x08\0\0\0" + struct.pack("<H", 5000) + pointers + bytes(4)
