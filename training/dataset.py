@@ -106,6 +106,7 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
             ratio = max(opened.size) / min(opened.size)
             if short_side:
                 opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
+            opened.load()  # a file that is cut off is that, before its EXIF is looked at
             picture: Image.Image = upright(opened, Path(path).name)
             if picture.mode in ("I", "F"):  # whether 1, 255 or 65535 is white nobody can tell
                 raise ValueError(f"32-bit numbers (Pillow's mode {picture.mode}) are not supported: save it as 8 bits")

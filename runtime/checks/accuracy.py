@@ -181,6 +181,7 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
     for name in names:
         try:
             with Image.open(name) as picture:
+                picture.load()  # a file that is cut off is that, before its EXIF is looked at
                 pictures.append(np.asarray(upright(picture, name.name).convert("RGB")))
         except Exception as error:  # every decoder has its own
             raise ValueError(f"{name} cannot be read as a picture: {one_line(error)}") from error
