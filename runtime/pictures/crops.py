@@ -160,21 +160,22 @@ def _merge(pieces: list[_Piece], working_size: int) -> list[_Piece]:
 def _merge_greedily(pieces: list[_Piece], working_size: int) -> list[_Piece]:
     """Return fewer pieces: each joins the first group before it that has room for it.
 
-    A group has room only within `working_size` of where it starts, so groups are looked up by where they start, on a
-    grid of that step.
+    What shares a crop starts at most `step` apart, margins leave no more, so groups are looked up by where they start,
+    on a grid of that step.
     """
+    step = max(1, working_size - 2 * min((piece.margin for piece in pieces), default=0))
     groups: list[tuple[Box, int, list[_Piece]]] = []
     cells: dict[tuple[int, int], set[int]] = defaultdict(set)
     for piece in pieces:
-        row, column = _cell(piece.core, working_size)
+        row, column = _cell(piece.core, step)
         near = (cells[y, x] for y in range(row - 1, row + 2) for x in range(column - 1, column + 2) if (y, x) in cells)
         for index in sorted(set().union(*near)):
             core, margin, members = groups[index]
             union, around = core.union(piece.core), max(margin, piece.margin)
             if max(union.size) + 2 * around <= working_size:
                 groups[index] = (union, around, [*members, piece])
-                cells[_cell(core, working_size)].discard(index)
-                cells[_cell(union, working_size)].add(index)
+                cells[_cell(core, step)].discard(index)
+                cells[_cell(union, step)].add(index)
                 break
         else:
             cells[row, column].add(len(groups))
