@@ -13,13 +13,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..plugins.shared.errors import MisfError
 from ..runtime.pictures.geometry import Mask
-from ..runtime.pictures.image_io import upright
+from ..runtime.pictures.image_io import read_rgb
 
 log = logging.getLogger(__name__)
 
@@ -97,30 +97,14 @@ def _listed(path: Path) -> list[str]:
 
 
 def read_picture(path: str | os.PathLike[str], short_side: int | None = None) -> Picture:
-    """Return a picture as uint8 H,W,3 RGB, turned upright; larger ones shrunk to `short_side`.
+    """Return a picture as uint8 H,W,3 RGB, turned upright; larger ones shrunk to `short_side`: `read_rgb`'s.
 
     Raises MisfError, one line naming the file, when it cannot be decoded completely.
     """
     try:
-        with Image.open(path) as opened:
-            ratio = max(opened.size) / min(opened.size)
-            if short_side:
-                opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
-            opened.load()  # a file that is cut off is that, before its EXIF is looked at
-            picture: Image.Image = upright(opened, Path(path).name)
-            if picture.mode in ("I", "F"):  # whether 1, 255 or 65535 is white nobody can tell
-                raise ValueError(f"32-bit numbers (Pillow's mode {picture.mode}) are not supported: save it as 8 bits")
-            if picture.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion clips at 255
-                picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) / 257 + 0.5).astype(np.uint8))
-            picture = picture.convert("RGB")
-            if short_side and min(picture.size) > short_side:
-                long_side = round(short_side * ratio)
-                size = (short_side, long_side) if picture.width <= picture.height else (long_side, short_side)
-                picture = picture.resize(size, Image.Resampling.LANCZOS)
-            return np.asarray(picture)
-    except Exception as error:  # Pillow raises many classes for broken files
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise MisfError(f"{path} cannot be read: {reason}") from error
+        return read_rgb(path, short_side)
+    except ValueError as error:
+        raise MisfError(str(error)) from error
 
 
 class Pictures:

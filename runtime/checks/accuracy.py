@@ -170,22 +170,12 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
         ValueError: the folder holds no picture, or one that cannot be read.
 
     """
-    from PIL import Image
-
-    from ..pictures.image_io import upright
+    from ..pictures.image_io import read_rgb
 
     names = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not names:
         raise ValueError(f"expected .jpg, .png or .webp pictures in {folder}, found none")
-    pictures = []
-    for name in names:
-        try:
-            with Image.open(name) as picture:
-                picture.load()  # a file that is cut off is that, before its EXIF is looked at
-                pictures.append(np.asarray(upright(picture, name.name).convert("RGB")))
-        except Exception as error:  # every decoder has its own
-            raise ValueError(f"{name} cannot be read as a picture: {one_line(error)}") from error
-    return pictures
+    return [read_rgb(name) for name in names]
 
 
 def torch_reference(network: Any) -> Inpaint:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -232,6 +233,35 @@ def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
         _refuse_frames(path, image)
         _load(path, image)
         return upright(image, path.name)
+
+
+def read_rgb(path: str | os.PathLike[str], short_side: int | None = None) -> NDArray[np.uint8]:
+    """Return a picture to look at, not to write again: uint8 H,W,3 RGB, turned upright, 16 bits reduced to 8.
+
+    short_side: larger pictures are shrunk to this while they are read. The format is any that Pillow reads.
+
+    Raises ValueError, one line naming the file, when it cannot be read or decoded completely.
+    """
+    try:
+        with Image.open(path) as opened:
+            ratio = max(opened.size) / min(opened.size)
+            if short_side:
+                opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
+            opened.load()  # a file that is cut off is that, before its EXIF is looked at
+            picture: Image.Image = upright(opened, Path(path).name)
+            if picture.mode in ("I", "F"):  # whether 1, 255 or 65535 is white nobody can tell
+                raise ValueError(f"32-bit numbers (Pillow's mode {picture.mode}) are not supported: save it as 8 bits")
+            if picture.mode.startswith("I;16"):  # 16 bits: Pillow's own conversion clips at 255
+                picture = Image.fromarray((np.clip(np.asarray(picture), 0, 65535) / 257 + 0.5).astype(np.uint8))
+            picture = picture.convert("RGB")
+            if short_side and min(picture.size) > short_side:
+                long_side = round(short_side * ratio)
+                size = (short_side, long_side) if picture.width <= picture.height else (long_side, short_side)
+                picture = picture.resize(size, Image.Resampling.LANCZOS)
+            return np.asarray(picture)
+    except Exception as error:  # Pillow raises many classes for broken files
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from misf.plugins.dynamic_filter.onnx_op import one_node_model
 from misf.plugins.shared.errors import MisfError
@@ -67,6 +68,13 @@ def test_unreadable_photograph_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes((accuracy.SAMPLES / "chelsea.jpg").read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"torn\.jpg cannot be read"):
         accuracy.load_photographs(tmp_path)
+
+
+def test_photographs_of_16_bits_are_reduced_not_clipped(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 64 * 48).astype(np.uint16).reshape(48, 64)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    [picture] = accuracy.load_photographs(tmp_path)
+    assert np.abs(picture - grey[:, :, None] / 257).max() <= 0.51
 
 
 def test_cases_cover_what_the_gate_promises() -> None:
