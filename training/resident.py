@@ -5,6 +5,7 @@ For collections that fit there. A GPU cuts thousands of crops in the time that a
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -95,11 +96,10 @@ class ResidentSamples:
             mask = torch.where(either(), turned, mask)
         return image.permute(0, 3, 1, 2).float() / 255, mask[:, None].float()
 
-    def batches(self, start: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches from number `start` on, without end."""
-        while True:
-            yield self.batch(start, count)
-            start += 1
+    def batches(self, start: int, count: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches from number `start` on, every `step`th, without end."""
+        for number in itertools.count(start, step):
+            yield self.batch(number, count)
 
 
 def _drawn(masks: MaskSource, seed: int, crop: int, index: int) -> Mask:

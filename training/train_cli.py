@@ -107,7 +107,8 @@ def main(output: Path, resume: bool, **options: Any) -> None:
         misf-train --resume --output runs/small
         torchrun --nproc-per-node 4 -m misf.training.train_cli --data places/ --output runs/full --precision bf16
     """
-    from .run_files import RunFolder  # loads PyTorch
+    need("misf-train", "train", "torch", "cv2", "lightning_fabric")
+    from .run_files import RunFolder
 
     folder = RunFolder(output)
     if resume:
@@ -125,7 +126,6 @@ def main(output: Path, resume: bool, **options: Any) -> None:
         if options["data"] is None:
             raise click.UsageError("--data is missing: a folder or a list of pictures")
         settings = _settings(options)
-    need("misf-train", "train", "torch", "cv2", "lightning_fabric")
     _run(folder, settings, options, resume)
 
 

@@ -173,7 +173,8 @@ class Trainer:
         """Yield this process's part of every batch from the present step on, one per accumulated pass."""
         sampler = StepSampler(self.config, self.step, self.fabric.global_rank, self.fabric.world_size)
         if isinstance(samples, ResidentSamples):
-            for image, mask in samples.batches(self.step * self.config.accumulate, sampler.part):
+            passes, world = self.step * self.config.accumulate, self.fabric.world_size
+            for image, mask in samples.batches(passes * world + self.fabric.global_rank, sampler.part, world):
                 yield image.contiguous(memory_format=self.layout), mask
             return
         loader = DataLoader(
@@ -411,9 +412,12 @@ def train(
         cases: what to validate on whenever the state is saved.
         progress: called after every step with the step's number and a short text.
 
-    Raises MisfError when a loss is no longer a number; the last state on disk is from before.
+    Raises MisfError when a loss is no longer a number, the last state on disk is from before; and for `stop_at` with
+    several processes.
     """
     config, first = trainer.config, trainer.fabric.is_global_zero
+    if stop_at < math.inf and trainer.fabric.world_size > 1:
+        raise MisfError("--stop-after is for one process: several would not stop at the same step")
     shown = [tensor.to(trainer.fabric.device) for tensor in _stacked(samples, min(4, config.batch))]
     book = RunLog(folder, trainer.step) if first else None
     best = _best_so_far(folder) if first else math.inf

@@ -243,11 +243,11 @@ def read_rgb(path: str | os.PathLike[str], short_side: int | None = None) -> NDA
     Raises ValueError, one line naming the file, when it cannot be read or decoded completely.
     """
     try:
-        with Image.open(path) as opened:
+        # From memory: Pillow maps a plain grey TIFF that it opens by name, and turns it wrong.
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:
             ratio = max(opened.size) / min(opened.size)
             if short_side:
                 opened.draft("RGB", (short_side, short_side))  # lets the JPEG decoder skip detail, never below this
-            opened.load()  # a file that is cut off is that, before its EXIF is looked at
             picture: Image.Image = upright(opened, Path(path).name)
             if picture.mode in ("I", "F"):  # whether 1, 255 or 65535 is white nobody can tell
                 raise ValueError(f"32-bit numbers (Pillow's mode {picture.mode}) are not supported: save it as 8 bits")
@@ -358,7 +358,11 @@ def _working_mode(path: Path, image: Image.Image, target: str, bits: int) -> Ima
 
 
 def orientation_of(image: Image.Image, name: str) -> int:
-    """Return a picture's EXIF orientation, 1 to 8; 1 where it has none, or a damaged one (with a warning)."""
+    """Return a picture's EXIF orientation, 1 to 8; 1 where it has none, or a damaged one (with a warning).
+
+    The picture is decoded first: Pillow turns a TIFF then, and forgets its orientation. Errors are the decoder's.
+    """
+    image.load()
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except Exception as error:  # struct.error, SyntaxError, TypeError, ...: as many as ways to be damaged

@@ -56,3 +56,18 @@ def test_stdout_gets_the_bytes_of_any_name_and_a_closed_stderr_nothing() -> None
     line = '"$0" -c "$1" 2>&-'
     result = subprocess.run(["sh", "-c", line, sys.executable, SPEAKING], env=environment, capture_output=True)
     assert (result.returncode, result.stdout) == (0, b"caf\xe9 \xe6\x9d\xb1\n")
+
+
+def test_training_without_pytorch_is_one_line_that_names_the_extra(tmp_path: Path) -> None:
+    """As where only the base is installed: nothing of torch can be found."""
+    program = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "torch" else find(name, package)
+sys.modules["torch"] = None
+from misf.training.train_cli import main
+main(["--data", sys.argv[1], "--output", sys.argv[1] + "/run"])
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr == "misf-train: misf-train needs torch, which is not installed: pip install 'misf[train]'\n"

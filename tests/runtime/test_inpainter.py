@@ -605,6 +605,29 @@ def test_the_api_turns_pictures_as_misf_run_does(orientation: int, tmp_path: Pat
     assert (displayed[hole] != shown[hole]).any(axis=1).all()
 
 
+@pytest.mark.parametrize("decoded", [False, True], ids=["opened", "decoded"])
+def test_a_tiff_is_turned_once_whether_it_is_decoded_already_or_not(decoded: bool, tmp_path: Path) -> None:
+    """Pillow turns a TIFF while it decodes it, and forgets the orientation; it opens files without decoding them."""
+    shown = np.random.default_rng(3).integers(0, 200, (40, 60, 3), dtype=np.uint8)
+    hole = np.zeros((40, 60), np.uint8)
+    hole[5:12, 30:55] = 255
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for name, pixels in (("image.tif", shown), ("mask.tif", hole)):
+        stored = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
+        stored.save(
+            tmp_path / name, exif=exif, compression="tiff_lzw"
+        )  # Pillow maps plain grey ones, and turns them wrong
+    inpaint = Inpainter(mean_fill(tmp_path / "mean.onnx"))
+    with Image.open(tmp_path / "image.tif") as image, Image.open(tmp_path / "mask.tif") as mask:
+        if decoded:
+            image.load()
+            mask.load()
+        result = np.asarray(inpaint(image, mask))
+    assert np.array_equal(result[hole == 0], shown[hole == 0])
+    assert (result[hole > 0] != shown[hole > 0]).any(axis=1).all()
+
+
 def test_files_go_in_and_out_as_bytes(tmp_path: Path) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 4), dtype=np.uint8))
     picture.save(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from misf.plugins.shared.errors import MisfError
-from misf.training import losses
-from misf.training.dataset import Pictures
+from misf.training import PRESETS, losses
+from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
 from misf.training.mask_drawing import RandomMasks
-from misf.training.recipe import Recipe
+from misf.training.recipe import RECIPES, Recipe
 from misf.training.resident import ResidentSamples
 from misf.training.train_cli import main
+from misf.training.trainer import Trainer, make_fabric
 
 # Kernel size, stride, inputs, widened channels and outputs of lite0's first blocks, as the package's file has them.
 LITE0 = [
@@ -174,6 +178,21 @@ def test_resident_crops_are_cut_from_the_pictures(photographs: Path) -> None:
     assert torch.equal(again[0], images)
     assert torch.equal(again[1], masks)
     assert not torch.equal(samples.batch(8, 12)[0], images)
+
+
+def test_no_process_trains_on_the_crops_of_another(photographs: Path) -> None:
+    pictures = Pictures(picture_paths(photographs))
+    samples = ResidentSamples(pictures, RandomMasks(), stock=2, crop=48, seed=3)
+    config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"], batch=4, crop=48)
+    trainer = Trainer(config, make_fabric("cpu"))
+    trainer.step = 5
+    for rank in range(2):
+        trainer.fabric = SimpleNamespace(global_rank=rank, world_size=2)  # type: ignore[assignment]
+        found = list(itertools.islice(trainer.batches(samples), 2))
+        for turn, (image, mask) in enumerate(found):
+            wanted = samples.batch(2 * (5 + turn) + rank, 2)
+            assert torch.equal(image, wanted[0])
+            assert torch.equal(mask, wanted[1])
 
 
 def test_small_pictures_are_enlarged_to_the_crop(photographs: Path) -> None:
