@@ -24,7 +24,7 @@ from .pictures.crops import Crop, fit, plan_crops
 from .pictures.geometry import Mask, Size
 from .pictures.image_io import as_stored, open_mask, open_picture, orientation_of, upright
 from .pictures.masks import check_mask, mask_from_array, mask_from_image
-from .pictures.metadata import info_without_previews
+from .pictures.previews import info_without_previews
 from .pictures.settings import CropSettings
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,9 @@ from ...plugins.shared.files import written_whole
 from . import metadata, png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
 from .geometry import Mask
-from .metadata import ORIENTATION, Metadata
+from .metadata import Metadata
+from .previews import without_jpegs
+from .tiff import ORIENTATION, without_orientation
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +162,7 @@ class Picture:
         if _usable_resolution(self.info.get("dpi")):
             options["dpi"] = self.info["dpi"]
         if format_ in ("WEBP", "AVIF"):
-            exif = said.exif if format_ == "WEBP" else metadata.without_orientation(said.exif)
+            exif = said.exif if format_ == "WEBP" else without_orientation(said.exif)
             options |= {key: value for key, value in (("exif", exif), ("xmp", said.xmp)) if value}
         if format_ == "JPEG":
             if same:
@@ -210,7 +212,7 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         orientation = 1 if format_ == "TIFF" else said.orientation  # Pillow turns a TIFF while it reads it
         info["icc_profile"] = image.info["icc_profile"] = said.icc or None
         if isinstance(info.get("comment"), bytes):
-            info["comment"] = image.info["comment"] = metadata.without_jpegs(info["comment"])
+            info["comment"] = image.info["comment"] = without_jpegs(info["comment"])
         if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
             raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
         canvas: PillowCanvas | ArrayCanvas

@@ -15,7 +15,8 @@ from PIL import Image, TiffImagePlugin
 
 from misf.runtime.pictures import png16
 from misf.runtime.pictures.image_io import open_picture
-from misf.runtime.pictures.metadata import add_to_png, without_previews
+from misf.runtime.pictures.metadata import add_to_png
+from misf.runtime.pictures.previews import exif_without_previews
 
 PIXELS = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 FORMATS = [".jpg", ".png", ".webp", ".tif", ".avif"]
@@ -120,7 +121,7 @@ def test_no_preview_is_in_any_result(tmp_path: Path) -> None:
 def test_a_preview_in_a_makers_note_is_removed() -> None:
     note = b"Maker" + PREVIEW + b"end!"
     exif = b"II*\0\x08\0\0\0\x01\0" + struct.pack("<HHII", 0x927C, 7, len(note), 26) + bytes(4) + note
-    cleaned = without_previews(exif)
+    cleaned = exif_without_previews(exif)
     assert PREVIEW[:20] not in cleaned
     assert cleaned.endswith(b"end!")
     assert len(cleaned) == len(exif)
@@ -134,8 +135,8 @@ def _note(note: bytes) -> bytes:
 def test_a_preview_with_a_preview_of_its_own_is_removed_whole() -> None:
     inner = _jpeg(PIXELS[:8, :8])
     outer = PREVIEW[:2] + struct.pack(">BBH", 0xFF, 0xE1, len(inner) + 2) + inner + PREVIEW[2:]
-    assert without_previews(_note(b"Maker" + outer + b"end!")) == _note(b"Maker" + bytes(len(outer)) + b"end!")
-    assert without_previews(_note(b"Maker" + outer)) == _note(b"Maker" + bytes(len(outer)))  # nothing is cut off
+    assert exif_without_previews(_note(b"Maker" + outer + b"end!")) == _note(b"Maker" + bytes(len(outer)) + b"end!")
+    assert exif_without_previews(_note(b"Maker" + outer)) == _note(b"Maker" + bytes(len(outer)))  # nothing is cut off
 
 
 def _iptc_in_photoshop(records: bytes) -> bytes:
@@ -262,7 +263,7 @@ def test_damage_that_points_at_itself_takes_no_time(tmp_path: Path) -> None:
 def test_a_second_directory_over_the_first_leaves_the_first_alone() -> None:
     row = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     exif = b"II*\0\x08\0\0\0\x01\0" + row + struct.pack("<I", 8)
-    assert without_previews(exif) == b"II*\0\x08\0\0\0\x01\0" + row + bytes(4)
+    assert exif_without_previews(exif) == b"II*\0\x08\0\0\0\x01\0" + row + bytes(4)
 
 
 @pytest.mark.parametrize("garbage", [b"garbage!", b"b'Exif\\x00\\x00II*\\x00'", b"II*\0\xff\xff\xff\xff"])
