@@ -15,11 +15,14 @@ from ..plugins.shared.command import command, print_json
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need, need_onnx_runtime
 from ..plugins.shared.files import sha256, written_whole
+from ..plugins.shared.shipped import ModelFile, shipped_checkpoint
 from ..runtime.backends.contract import ENGINES
+from ..training.model.options import config_option, official_option
 from .engine.build_cli import finish
 from .engine.options import engine_options, given, parse_engine_options
 
 if TYPE_CHECKING:
+    from ..training.model.config import NetworkConfig
     from .exporter import ExportReport
 
 log = logging.getLogger(__name__)
@@ -29,10 +32,11 @@ log = logging.getLogger(__name__)
 @click.option(
     "--checkpoint",
     required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Weights: .safetensors, .pt, .pth.",
+    type=ModelFile(weights=True),
+    help="Weights: .safetensors, .pt or .pth, the authors' files included; or the name misf-small.",
 )
-@click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
+@config_option
+@official_option
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16"]),
@@ -44,7 +48,7 @@ log = logging.getLogger(__name__)
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="The .onnx file, or the .plan of an engine.  [default: .onnx beside the checkpoint]",
+    help="The .onnx file, or the .plan of an engine.  [default: .onnx beside the checkpoint, NAME_fp16.onnx for fp16]",
 )
 @click.option(
     "--calibration",
@@ -73,7 +77,7 @@ def main(
     ctx: click.Context,
     /,
     checkpoint: Path,
-    official: bool,
+    config: NetworkConfig | None,
     precision: str | None,
     fp16: bool,
     output: Path | None,
@@ -102,7 +106,8 @@ def main(
         raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
     precision = "fp16" if fp16 else precision or "fp32"
     if output is None:
-        output = checkpoint.parent / (checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
+        folder = Path() if checkpoint == shipped_checkpoint(checkpoint.stem) else checkpoint.parent
+        output = folder / (checkpoint.stem + ("_fp16" if precision == "fp16" else "") + ".onnx")
         if output.exists() and not force:
             raise MisfError(f"{output} exists: give --force to replace it, or -o to name another file")
     elif output.suffix.lower() in ENGINES:
@@ -112,7 +117,7 @@ def main(
             )
         options = parse_engine_options(engine, precision)
         onnx_file = output.with_suffix(".onnx")
-        _put(onnx_file, force, lambda path: _export(checkpoint, official, path, precision, calibration, range_limit))
+        _put(onnx_file, force, lambda path: _export(checkpoint, config, path, precision, calibration, range_limit))
         from .engine.builder import build_engine
 
         finish(build_engine(onnx_file, output, options), as_json)
@@ -124,7 +129,7 @@ def main(
         raise click.UsageError(f"{', '.join(flags)}: for an engine, and {output.name} is none: name it with -o X.plan")
     if output.resolve() == checkpoint.resolve():
         raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
-    report = _export(checkpoint, official, output, precision, calibration, range_limit, inline_functions)
+    report = _export(checkpoint, config, output, precision, calibration, range_limit, inline_functions)
     if as_json:
         print_json(
             {
@@ -148,7 +153,7 @@ def main(
 
 def _export(
     checkpoint: Path,
-    official: bool,
+    config: NetworkConfig | None,
     output: Path,
     precision: str,
     calibration: Path | None,
@@ -162,7 +167,7 @@ def _export(
     from .exporter import export_onnx
 
     photographs = load_photographs(calibration) if calibration else None
-    loaded = load_checkpoint(checkpoint, official=official)
+    loaded = load_checkpoint(checkpoint, config=config)
     return export_onnx(loaded, output, precision, photographs, range_limit, inline)
 
 

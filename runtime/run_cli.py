@@ -12,6 +12,7 @@ import click
 from ..plugins.shared.command import command, log_about, one_line, print_json
 from ..plugins.shared.errors import BATCH_FAILURES, MisfError
 from ..plugins.shared.progress import progress
+from ..plugins.shared.shipped import ModelFile
 from .backends.contract import BACKENDS, PRECISIONS
 from .pictures.settings import STRATEGIES, CropSettings
 
@@ -55,7 +56,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 
 
 @command("misf-run")
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model", type=ModelFile())
 @click.argument("image", type=EXISTING)
 @click.argument("mask", type=EXISTING, required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: NAME_inpainted.EXT]")
@@ -146,14 +147,15 @@ def main(
 ) -> int:
     """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
 
-    MODEL is an .onnx file, an engine (.plan) or a checkpoint. IMAGE is a picture, or a folder of pictures with MASK one
-    mask for all or a folder of masks with the same names (x.png, or x_mask001.png). Format, profile, EXIF, alpha and
-    every pixel outside the holes stay as they are. Nothing is overwritten without --force, except the file that -o
-    names.
+    MODEL is an .onnx file, an engine (.plan), a checkpoint, or misf-small, the network that comes with misf.
+
+    IMAGE is a picture, or a folder of pictures with MASK one mask for all or a folder of masks with the same names
+    (x.png, or x_mask001.png). Format, profile, EXIF, alpha and every pixel outside the holes stay as they are. Nothing
+    is overwritten without --force, except the file that -o names.
 
     \b
     Example:
-      misf-run best.onnx photo.jpg mask.png -o filled.jpg
+      misf-run misf-small photo.jpg mask.png -o filled.jpg
     """
     if mask is None and not mask_from_alpha:
         raise click.UsageError("Missing argument 'MASK': give a mask, or pass --mask-from-alpha.")

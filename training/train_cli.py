@@ -15,7 +15,9 @@ from ..plugins.shared.command import command
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need
 from ..plugins.shared.progress import progress
+from ..plugins.shared.shipped import ModelFile
 from .model.config import PRESETS
+from .model.options import official_option
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, Recipe
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ ANY_TIME = ("output", "resume", "device", "workers", "stop_after", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
-PLAIN = ("invert_mask", "mask_threshold", "official", "precision", "resident", "perceptual_backbone")
+PLAIN = ("invert_mask", "mask_threshold", "precision", "resident", "perceptual_backbone")
 """Options that run.json keeps as they are."""
 STARTED = time.monotonic()
 
@@ -53,8 +55,12 @@ STARTED = time.monotonic()
 @click.option("--config", type=click.Choice(list(PRESETS)), default="misf", show_default=True, help="The network.")
 @click.option("--filters", type=click.Choice(list(ABLATIONS)), help="Which filters it has: the paper's ablations.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True, help="How to train.")
-@click.option("--init-from", type=FILE, help="Checkpoint to start from; its network replaces --config.")
-@click.option("--official", is_flag=True, help="--init-from is a generator file of the official MISF repository.")
+@click.option(
+    "--init-from",
+    type=ModelFile(weights=True),
+    help="Checkpoint to start from, or misf-small: its network replaces --config, and its recipe --recipe.",
+)
+@official_option
 @click.option("--vgg19", type=click.Path(path_type=Path), help="torchvision's VGG-19 weights, for the paper's losses.")
 @click.option(
     "--perceptual-backbone",
@@ -162,15 +168,13 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(options: dict[str, Any]) -> Recipe:
     """Return the recipe that the options describe."""
-    if options["official"] and not options["init_from"]:
-        raise click.UsageError("--official says what --init-from is: give --init-from")
     network = PRESETS[options["config"]]
     if options["init_from"]:
         from .model.checkpoint import load_checkpoint
 
         if options["filters"]:
             raise click.UsageError("--filters would change the network of --init-from: leave one of them out")
-        network = load_checkpoint(options["init_from"], official=options["official"]).config
+        network = load_checkpoint(options["init_from"]).config
     elif options["filters"]:
         network = replace(network, **ABLATIONS[options["filters"]])
     recipe = RECIPES[options["recipe"]]
@@ -327,7 +331,7 @@ def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:
         return None
     from .model.checkpoint import load_checkpoint
 
-    return load_checkpoint(settings["init_from"], official=settings["official"]).weights
+    return load_checkpoint(settings["init_from"]).weights
 
 
 def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]] | None:

@@ -11,6 +11,7 @@ import click
 from ...plugins.shared.command import command, print_json
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import need
+from ...plugins.shared.shipped import shipped_model
 from ...runtime.backends.contract import ENGINES
 from .options import document, engine_options, layer_lines, parse_engine_options, summary
 
@@ -39,7 +40,7 @@ def main(
     as_json: bool,
     **engine: Any,
 ) -> None:
-    """Build ONNX, a file of misf-export, into a TensorRT engine for this machine.
+    """Build ONNX, a file of misf-export or the name misf-small, into a TensorRT engine for this machine.
 
     Writes the plan and its side-car, PLAN.json, which says what it was built for; misf-run compares it with the machine
     before it loads the plan. The precision is that of the ONNX file.
@@ -51,6 +52,7 @@ def main(
     if fp16 and precision == "fp32":
         raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
     target = engine_path(output) if output else onnx_file.with_suffix(".plan")
+    onnx_file = shipped_model(onnx_file)
     if output is None and target.exists() and not force:
         raise MisfError(f"{target} exists: give --force to replace it, or -o to name another file")
     need("misf-build", "build", "onnx")

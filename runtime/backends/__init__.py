@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import is_installed, need, need_onnx_runtime
+from ...plugins.shared.shipped import SHIPPED, shipped_model
 from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def open_backend(
     what the file or, on OpenVINO, the processor offers. Raises ValueError or MisfError for a file that is no such
     model, EnvironmentMismatch for a library or a GPU that was asked for and is not there.
     """
-    path = Path(model)
+    path = shipped_model(model)
     device = parse_device(device or os.environ.get("MISF_DEVICE") or "auto")
     for what, value, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
         if value not in known:
@@ -71,7 +72,7 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: expected a model file")
     if not path.exists():
-        raise ValueError(f"{path} does not exist: expected a model file")
+        raise ValueError(f"{path} does not exist: expected a model file, or the name {', '.join(SHIPPED)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: expected a model file")
 

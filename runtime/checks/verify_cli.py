@@ -11,22 +11,26 @@ import click
 from ...plugins.shared.command import HxW, command, print_json
 from ...plugins.shared.errors import AccuracyError, MisfError
 from ...plugins.shared.extras import need
+from ...plugins.shared.shipped import ModelFile
+from ...training.model.options import config_option, official_option
 from ..backends.contract import BACKENDS
 
 if TYPE_CHECKING:
     from ...training.model.checkpoint import Checkpoint
+    from ...training.model.config import NetworkConfig
     from .accuracy import CaseResult, Tolerance
     from .layer_errors import LayerResult
 
 log = logging.getLogger(__name__)
 
-FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-
 
 @command("misf-verify")
-@click.argument("model", type=FILE)
-@click.option("--checkpoint", required=True, type=FILE, help="The weights the model was made of.")
-@click.option("--official", is_flag=True, help="The checkpoint is a generator file of the official MISF repository.")
+@click.argument("model", type=ModelFile())
+@click.option(
+    "--checkpoint", required=True, type=ModelFile(weights=True), help="The weights that the model was made from."
+)
+@config_option
+@official_option
 @click.option(
     "--size",
     "sizes",
@@ -54,7 +58,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def main(
     model: Path,
     checkpoint: Path,
-    official: bool,
+    config: NetworkConfig | None,
     sizes: tuple[tuple[int, int, int], ...],
     images: Path | None,
     backend: str,
@@ -90,7 +94,7 @@ def main(
             tolerance.min_psnr_db if min_psnr is None else min_psnr,
         )
     photographs = accuracy.load_photographs(images) if images else accuracy.load_photographs()
-    network = build_model(_load(inpaint, checkpoint, official))
+    network = build_model(_load(inpaint, checkpoint, config))
     reference = accuracy.torch_reference(network)
     cases = list(accuracy.cases(photographs, sizes or accuracy.default_sizes(inpaint.limits)))
     results = [accuracy.compare(inpaint, reference, *case) for case in cases]
@@ -137,10 +141,10 @@ def furthest(results: list[CaseResult], tolerance: Tolerance) -> int:
     return max(range(len(results)), key=badness)
 
 
-def _load(inpaint: Any, checkpoint: Path, official: bool) -> Checkpoint:
+def _load(inpaint: Any, checkpoint: Path, config: NetworkConfig | None) -> Checkpoint:
     from ...training.model.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(checkpoint, official=official)
+    loaded = load_checkpoint(checkpoint, config=config)
     made_of = inpaint.checkpoint_sha256
     if made_of and made_of != loaded.sha256:
         log.warning("the model was exported from another checkpoint (sha256 %s...), not %s", made_of[:12], checkpoint)

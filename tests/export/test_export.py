@@ -291,7 +291,9 @@ def test_a_miss_writes_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatc
         (["--checkpoint", "tiny.safetensors", "-o", "x.txt"], 2, "ends in .onnx"),
         (["--checkpoint", "tiny.safetensors", "-o", "missing/x.onnx"], 1, "missing/x.onnx: No such file"),
         (["--checkpoint", "tiny.safetensors", "--fp16", "--precision", "fp32"], 2, "contradict"),
-        (["--checkpoint", "tiny.safetensors", "--official", "-o", "x.onnx"], 1, "leave out --official"),
+        (["--checkpoint", "misf-smal"], 2, "misf comes with misf-small"),
+        (["--checkpoint", "tiny.safetensors", "--config", "misf-small", "-o", "x.onnx"], 1, "leave out --config"),
+        (["--checkpoint", "tiny.safetensors", "--config", "misf-large", "-o", "x.onnx"], 2, "expected one of misf"),
         (["--checkpoint", "tiny.safetensors", "-o", "x.onnx", "--calibration", "empty"], 1, "found none"),
         ([], 2, "--checkpoint"),
     ],
@@ -326,7 +328,7 @@ def test_the_published_network_in_onnx_runtime(tmp_path: Path) -> None:
     with np.load(GOLDEN) as golden:
         shapes = {str(n): tuple(int(s) for s in shape if s) for n, shape in zip(golden["names"], golden["shapes"])}  # noqa: B905
         torch.save({"iteration": 1, "generator": official_weights(shapes)}, tmp_path / "gen.pth")
-        network = load_model(tmp_path / "gen.pth", official=True)
+        network = load_model(tmp_path / "gen.pth")
         model = complete_model(core_model(network), network.config).SerializeToString()
         picture, mask = (tensor.numpy() for tensor in picture_and_mask())
         output = torch.from_numpy(run(model, picture, mask))

@@ -73,7 +73,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         else:
             path.write_bytes(pickle.dumps({"generator": Malicious(proof)}, protocol))
         with pytest.raises(MisfError, match=r"run code|damaged") as caught:
-            load_checkpoint(path, official=True)
+            load_checkpoint(path)
         assert "\n" not in str(caught.value)
         assert not proof.exists()
 
@@ -91,53 +91,54 @@ def official_state() -> dict[str, torch.Tensor]:
     return state | {"kpn_model.conv_final.bias": torch.zeros(3)}
 
 
-def wrong_files() -> dict[str, tuple[Any, bool, str]]:
-    """Content to torch.save (bytes: as they are), whether to load with official=True, and the expected words."""
+def wrong_files() -> dict[str, tuple[Any, str]]:
+    """Content to torch.save (bytes: as they are), and the expected words."""
     state = official_state()
     first = "encoder0.1.weight"
     less = {name: value for name, value in state.items() if name != first}
     header = b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'
     return {
-        "empty.pt": (b"", False, "is empty"),
-        "text.pt": (b"weights go here", False, "not a PyTorch checkpoint"),
-        "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", False, "not a whole safetensors"),
+        "empty.pt": (b"", "is empty"),
+        "text.pt": (b"weights go here", "not a PyTorch checkpoint"),
+        "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", "not a whole safetensors"),
         "no_config.safetensors": (
             struct.pack("<Q", len(header)) + header + bytes(36),
-            False,
             "holds weights of another model",
         ),
-        "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", False, "not a whole safetensors"),
-        "list.pt": ([1, 2], False, "holds a list"),
-        "discriminator.pth": ({"discriminator": state}, True, "discriminator.*generator's file"),
-        "no_flag.pth": ({"generator": state, "iteration": "many"}, False, "--official"),
-        "missing.pth": ({"generator": less}, True, f"missing {first}"),
-        "extra.pth": ({"generator": {**state, "encoder9.weight": torch.zeros(1)}}, True, "unexpected encoder9.weight"),
-        "shape.pth": ({"generator": {**state, first: torch.zeros(64, 3, 7, 7)}}, True, r"\(64, 3, 7, 7\) instead of"),
-        "other.pth": ({"state_dict": {"layer1.weight": torch.zeros(3)}}, True, "another model.*layer1.weight"),
-        "optimizer.pth": ({"optimizer": {"lr": 0.1}}, False, "optimizer"),
-        "ours_bad_config.pt": ({"format": "misf-1", "config": {"width": -3}, "network": {}}, False, "1..1024"),
-        "ours_no_weights.pt": ({"format": "misf-1", "config": {"width": 8}, "network": {}}, False, "missing"),
-        "ours_odd_config.pt": ({"format": "misf-1", "config": {"width": {8}}, "network": {}}, False, "plain numbers"),
+        "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", "not a whole safetensors"),
+        "list.pt": ([1, 2], "holds a list"),
+        "discriminator.pth": ({"discriminator": state}, "discriminator.*generator's file"),
+        "missing.pth": ({"generator": less}, f"missing {first}"),
+        "extra.pth": ({"generator": {**state, "encoder9.weight": torch.zeros(1)}}, "unexpected encoder9.weight"),
+        "shape.pth": ({"generator": {**state, first: torch.zeros(64, 3, 7, 7)}}, r"\(64, 3, 7, 7\) instead of"),
+        "other.pth": ({"state_dict": {"layer1.weight": torch.zeros(3)}}, "another model.*layer1.weight"),
+        "optimizer.pth": ({"optimizer": {"lr": 0.1}}, "optimizer"),
+        "ours_bad_config.pt": ({"format": "misf-1", "config": {"width": -3}, "network": {}}, "1..1024"),
+        "ours_no_weights.pt": ({"format": "misf-1", "config": {"width": 8}, "network": {}}, "missing"),
+        "ours_odd_config.pt": ({"format": "misf-1", "config": {"width": {8}}, "network": {}}, "plain numbers"),
         "ours_not_bool.pt": (
             {"format": "misf-1", "config": {"normalize": "no"}, "network": {}},
-            False,
             "true or false",
         ),
-        "sparse.pth": ({"generator": {**state, first: torch.zeros(64, 4, 7, 7).to_sparse()}}, True, "no plain"),
-        "ours_official.pt": ({"format": "misf-1", "config": {}, "network": {}}, True, "leave out --official"),
+        "sparse.pth": ({"generator": {**state, first: torch.zeros(64, 4, 7, 7).to_sparse()}}, "no plain"),
+        "two.pth": (
+            {"state_dict": {f"{w}.{first}": state[first] for w in ("net", "ema")}},
+            "2 networks.*ema",
+        ),
+        "no_preset.pth": ({"stem.weight": torch.zeros(5, 4, 7, 7)}, "no preset fits.*--config"),
     }
 
 
 @pytest.mark.parametrize("name", wrong_files())
 def test_wrong_files_are_told_apart(tmp_path: Path, name: str) -> None:
-    content, official, message = wrong_files()[name]
+    content, message = wrong_files()[name]
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
     with pytest.raises(MisfError, match=message) as caught:
-        load_checkpoint(path, official=official)
+        load_checkpoint(path)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
 
@@ -146,7 +147,36 @@ def test_wrong_files_are_told_apart(tmp_path: Path, name: str) -> None:
 def test_official_layouts_that_are_accepted(tmp_path: Path, form: str) -> None:
     state = {("module." if form == "module." else "") + name: value for name, value in official_state().items()}
     torch.save({"state_dict": state} if form == "state_dict" else state, tmp_path / "x.pth")
-    assert load_checkpoint(tmp_path / "x.pth", official=True).config == NetworkConfig()
+    assert load_checkpoint(tmp_path / "x.pth").config == NetworkConfig()
+
+
+def test_weights_alone_are_recognised_and_what_lies_beside_them_is_left_out(
+    tmp_path: Path,
+) -> None:
+    """A plain state dict, one of a wrapped and compiled network, and a Lightning checkpoint with its settings."""
+    from lightning_fabric.utilities.data import AttributeDict  # what Lightning keeps a module's settings in
+
+    with torch.device("meta"):
+        names = InpaintingNetwork(PRESETS["misf-tiny"]).state_dict()
+    state = {name: torch.full(tensor.shape, 0.5) for name, tensor in names.items()}
+    beside = {"discriminator.stem2.weight": torch.zeros(3), "loss.scale": torch.zeros(())}
+    lightning = {f"generator.{name}": value for name, value in state.items()} | beside
+    settings = {"hyper_parameters": AttributeDict(rate=1e-4, folder=Path("data")), "global_step": 70}
+    files: dict[str, Any] = {
+        "plain.pt": state,
+        "averaged.pt": {"params_ema": {f"module._orig_mod.{name}": value for name, value in state.items()}},
+        "last.ckpt": {"state_dict": lightning, "epoch": 3, "optimizer_states": [{}], **settings},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    for name in files:
+        loaded = load_checkpoint(tmp_path / name)
+        assert loaded.config == PRESETS["misf-tiny"]
+        assert loaded.weights.keys() == state.keys()
+    assert loaded.iteration == 70
+    assert load_checkpoint(tmp_path / "plain.pt", config=PRESETS["misf-tiny"]).config == PRESETS["misf-tiny"]
+    with pytest.raises(MisfError, match="missing"):
+        load_checkpoint(tmp_path / "plain.pt", config=PRESETS["misf-small"])
 
 
 def test_truncated_at_any_point(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -181,10 +211,8 @@ def test_official_weights_load_from_safetensors_and_from_a_compiled_network(tmp_
     save_file(state, tmp_path / "official.safetensors")
     torch.save({"generator": {f"_orig_mod.module.{name}": value for name, value in state.items()}}, tmp_path / "c.pth")
     for name in ("official.safetensors", "c.pth"):
-        loaded = load_checkpoint(tmp_path / name, official=True).weights
+        loaded = load_checkpoint(tmp_path / name).weights
         assert torch.equal(loaded["stem.weight"], state["encoder0.1.weight"])
-        with pytest.raises(MisfError, match="is an official MISF generator: export it with misf-export --official"):
-            load_checkpoint(tmp_path / name)
 
 
 def test_torchscript_is_told_as_what_it_is(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def official_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_agrees_with_the_official_generator(official_file: Path) -> None:
-    network = load_model(official_file, official=True)
+    network = load_model(official_file)
     picture, mask = picture_and_mask()
     with torch.inference_mode():
         answer = stored(network(picture, mask))

@@ -12,7 +12,9 @@ from ...plugins.shared.command import command, misf_version, print_json
 from ...plugins.shared.errors import BATCH_FAILURES, MisfError
 from ...plugins.shared.extras import need
 from ...plugins.shared.progress import progress
+from ...plugins.shared.shipped import ModelFile
 from ...runtime.backends.contract import BACKENDS, PRECISIONS
+from ..model.options import official_option
 
 if TYPE_CHECKING:
     from ..dataset import Pictures
@@ -25,11 +27,17 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @command("misf-eval")
-@click.option("--checkpoint", "checkpoints", multiple=True, type=FILE, help="Weights to measure; may be repeated.")
 @click.option(
-    "--model", "models", multiple=True, type=FILE, help="Model file to measure (.onnx, ...); may be repeated."
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    type=ModelFile(weights=True),
+    help="Weights to measure; may be repeated.",
 )
-@click.option("--official", is_flag=True, help="The checkpoints are generator files of the official MISF repository.")
+@click.option(
+    "--model", "models", multiple=True, type=ModelFile(), help="Model file to measure (.onnx, ...); may be repeated."
+)
+@official_option
 @click.option("--peers", is_flag=True, help="Measure OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic too.")
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
@@ -59,7 +67,6 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def main(
     checkpoints: tuple[Path, ...],
     models: tuple[Path, ...],
-    official: bool,
     peers: bool,
     data: Path,
     masks: str,
@@ -86,16 +93,12 @@ def main(
     """
     if not (checkpoints or models or peers):
         raise click.UsageError("nothing to measure: give --checkpoint, --model or --peers")
-    if official and not checkpoints:
-        raise click.UsageError("--official says what --checkpoint is: give --checkpoint")
     if masks == "random" and invert_mask:
         raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
     _check_installed()
     pictures, mask_files = _data(data, masks, invert_mask, mask_threshold)
     distance = _distance(backbone) if backbone else None
-    methods = _methods(
-        checkpoints, models, official, peers, {"backend": backend, "device": device, "precision": precision}
-    )
+    methods = _methods(checkpoints, models, peers, {"backend": backend, "device": device, "precision": precision})
 
     from .evaluate import cases, document, evaluate
 
@@ -136,7 +139,7 @@ def _data(data: Path, masks: str, invert: bool, threshold: int) -> tuple[Picture
 
 
 def _methods(
-    checkpoints: tuple[Path, ...], models: tuple[Path, ...], official: bool, peers: bool, settings: dict[str, str]
+    checkpoints: tuple[Path, ...], models: tuple[Path, ...], peers: bool, settings: dict[str, str]
 ) -> list[Method]:
     from .baselines import PEERS
     from .evaluate import Method, model_fill
@@ -146,7 +149,7 @@ def _methods(
     for path in (*checkpoints, *models):
         # --backend chooses for model files; a checkpoint runs on PyTorch.
         chosen = {**settings, "backend": "auto"} if path in checkpoints else settings
-        fill, where = model_fill(path, official=official and path in checkpoints, **chosen)
+        fill, where = model_fill(path, **chosen)
         name = path.name if names.count(path.name) == 1 else str(path)
         methods.append(Method(name, fill, path=path, where=where))
     if peers:

@@ -175,46 +175,24 @@ def model_fill(
     backend: str = "auto",
     device: str | None = None,
     precision: str = "auto",
-    official: bool = False,
 ) -> tuple[Fill, str]:
     """Return a model file as a filling method, and where it runs: 'onnxruntime cpu fp32'.
 
     Args:
         path: whatever the runtime opens: a checkpoint, .onnx...
         backend, device, precision: as `misf.runtime.backends.open_backend` takes them.
-        official: the file is a generator checkpoint of the official MISF repository; runs on PyTorch.
-    """
-    if official:
-        run, where = _official(path, device), "pytorch official fp32"
-    else:
-        from ...runtime.backends import open_backend
 
-        opened = open_backend(path, backend, device, precision)
-        run, where = opened, f"{opened.name} {opened.device} {opened.precision}"
+    """
+    from ...runtime.backends import open_backend
+
+    run = open_backend(path, backend, device, precision)
 
     def fill(picture: Picture, hole: Mask) -> NDArray[np.generic]:
         image = np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
         filled: NDArray[np.float32] = run(image, hole[None, None].astype(np.float32))[0]
         return filled.transpose(1, 2, 0)
 
-    return fill, where
-
-
-def _official(path: str | os.PathLike[str], device: str | None) -> Callable[..., NDArray[np.float32]]:
-    import torch
-
-    from ..model.checkpoint import load_model
-
-    place = torch.device("cpu" if device in (None, "auto") else device)
-    network = load_model(path, official=True).to(place)
-
-    def run(image: NDArray[np.float32], mask: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            prediction = network(torch.from_numpy(image).to(place), torch.from_numpy(mask).to(place))
-        picture: NDArray[np.float32] = prediction.cpu().numpy()
-        return picture
-
-    return run
+    return fill, f"{run.name} {run.device} {run.precision}"
 
 
 def evaluate(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
-import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.files import sha256, written_whole
-from .config import NetworkConfig
+from ...plugins.shared.shipped import shipped_checkpoint
+from .config import PRESETS, NetworkConfig
 
 if TYPE_CHECKING:
     from .network import InpaintingNetwork
+
+log = logging.getLogger(__name__)
 
 FORMAT = "misf-1"
 
@@ -36,19 +40,20 @@ class Checkpoint:
     path: Path
 
 
-def load_model(path: str | os.PathLike[str], *, official: bool = False) -> InpaintingNetwork:
+def load_model(path: str | os.PathLike[str], *, config: NetworkConfig | None = None) -> InpaintingNetwork:
     """Return the network of a checkpoint in eval mode, on the CPU, in float32: (image, mask) -> prediction.
 
     Args:
-        path: .safetensors, .pt or .pth.
-        official: the file is a generator checkpoint of the official MISF repository.
+        path: .safetensors, .pt or .pth: misf's own, the official generator's, or weights alone; or the name of a
+            network that comes with misf, such as "misf-small".
+        config: the network of a file of weights alone, where its shapes are not those of a preset.
 
     Raises:
         MisfError: the file is not such a checkpoint; the message says what it is instead.
         OSError: it cannot be read.
 
     """
-    return build_model(load_checkpoint(path, official=official))
+    return build_model(load_checkpoint(path, config=config))
 
 
 def build_model(checkpoint: Checkpoint) -> InpaintingNetwork:
@@ -61,24 +66,23 @@ def build_model(checkpoint: Checkpoint) -> InpaintingNetwork:
     return network.eval().requires_grad_(False)
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, official: bool = False) -> Checkpoint:
-    """Return the contents of a checkpoint file, every name and shape checked; errors as `load_model`."""
-    path = Path(path)
+def load_checkpoint(path: str | os.PathLike[str], *, config: NetworkConfig | None = None) -> Checkpoint:
+    """Return the contents of a checkpoint file, every name and shape checked; arguments and errors as `load_model`."""
+    path = shipped_checkpoint(path)
     if path.is_dir():
         raise MisfError(f"{path} is a folder, expected a checkpoint file (.safetensors, .pt or .pth)")
     digest = sha256(path)
     if path.stat().st_size == 0:
         raise MisfError(f"{path} is empty, expected a checkpoint: was its download or copy interrupted?")
-    if _is_safetensors(path):
-        config, weights, iteration = _read_safetensors(path, official)
-    else:
-        config, weights, iteration = _interpret(path, _read_pickle(path), official)
-    _check_weights(path, config, weights)
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    found, weights = _interpret(path, content, config)
+    _check_weights(path, found, weights)
     weights = {name: tensor.detach().float().contiguous() for name, tensor in weights.items()}
     broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise MisfError(f"{path} holds NaN or infinite weights in {_some(broken)}: use an earlier checkpoint")
-    return Checkpoint(config, weights, iteration, digest, path)
+    iteration = _iteration(content.get("iteration", content.get("global_step")))
+    return Checkpoint(found, weights, iteration, digest, path)
 
 
 def save_checkpoint(
@@ -121,7 +125,8 @@ def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
 
 
-def _read_safetensors(path: Path, official: bool) -> tuple[NetworkConfig, dict[str, Tensor], int]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return a safetensors file as the dict that a .pt file of the same kind holds."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -131,15 +136,16 @@ def _read_safetensors(path: Path, official: bool) -> tuple[NetworkConfig, dict[s
     except SafetensorError as error:
         raise MisfError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
     if "config" not in metadata:
-        return _interpret(path, weights, official)
-    if official:
-        raise MisfError(f"{path} is a checkpoint of misf's own: leave out --official")
-    return _config(path, metadata["config"]), weights, _iteration(metadata.get("iteration"))
+        return weights
+    return {**metadata, "format": FORMAT, "network": weights}
 
 
-def _config(path: Path, text: str) -> NetworkConfig:
+def _own_config(path: Path, saved: object) -> NetworkConfig:
+    """Return the config that a checkpoint of ours holds: JSON in a safetensors file, a dict in a .pt file."""
     try:
-        return NetworkConfig.from_json(text)
+        return NetworkConfig.from_json(saved if isinstance(saved, str) else json.dumps(saved))
+    except TypeError as error:
+        raise MisfError(f"{path} has a config that is not plain numbers and names: {error}") from error
     except (ValueError, RecursionError) as error:
         raise MisfError(f"{path}: {error}") from error
 
@@ -151,61 +157,130 @@ def _iteration(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
+class _Ignored:
+    """Stands for every class of IGNORED_MODULES: its objects become empty dicts, and nothing of theirs is run."""
+
+    def __new__(cls, *_: object, **__: object) -> OrderedDict[object, object]:  # type: ignore[misc]
+        return OrderedDict()  # the only type that torch.load fills however an object was pickled
+
+
+IGNORED_MODULES = (
+    "argparse",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "omegaconf",
+    "pathlib",
+    "yacs",
+    "easydict",
+    "typing",
+)
+"""Where trainers take the classes of the settings that they save beside the weights. Their objects are left out."""
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Return a .pt or .pth file's dict, read without ever running code from it."""
+    damaged = f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again"
     try:
         with warnings.catch_warnings():  # of pickle protocols; what matters is raised
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_ignored_classes(path)):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
             raise MisfError(
-                f"{path} holds pickled Python objects, which could run code when loaded, so it is refused: "
-                "save a plain dict of tensors instead"
+                f"{path} holds pickled Python objects, which could run code when loaded, so it is refused: where it "
+                "was made, save the weights alone, torch.save(network.state_dict(), FILE)"
             ) from error
-        raise MisfError(f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again") from error
+        raise MisfError(damaged) from error
     except RuntimeError as error:
         if "TorchScript" in str(error):
             raise MisfError(
-                f"{path} is a TorchScript file, which is a program: expected a checkpoint, saved by torch.save"
+                f"{path} is a TorchScript file, which is a program; save its weights: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
             ) from error
-        raise MisfError(f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again") from error
+        raise MisfError(damaged) from error
     except (EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise MisfError(f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again") from error
+        raise MisfError(damaged) from error
     if not isinstance(content, dict):
         raise MisfError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
     return content
 
 
-def _interpret(path: Path, content: dict[str, Any], official: bool) -> tuple[NetworkConfig, dict[str, Tensor], int]:
-    """Tell the layouts apart: ours, the official generator's, and the usual mistakes."""
+def _ignored_classes(path: Path) -> list[Any]:
+    """Return `_Ignored` under the name of every class in the file that is from IGNORED_MODULES."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # whatever is wrong with the file, loading it says so better
+        return []
+    return [(_Ignored, name) for name in names if name.split(".")[0] in IGNORED_MODULES]
+
+
+WRAPPERS = ("generator", "state_dict", "model_state_dict", "model", "params_ema", "params", "network", "weights")
+"""The keys under which training programs put the weights."""
+
+
+def _interpret(
+    path: Path, content: dict[str, Any], config: NetworkConfig | None
+) -> tuple[NetworkConfig, dict[str, Tensor]]:
+    """Tell the layouts apart: ours, the official generator's, weights alone, and the usual mistakes."""
     if content.get("format") == FORMAT and isinstance(content.get("network"), dict):
-        if official:
-            raise MisfError(f"{path} is a checkpoint of misf's own: leave out --official")
-        try:
-            config = json.dumps(content.get("config"))
-        except TypeError as error:
-            raise MisfError(f"{path} has a config that is not plain numbers and names: {error}") from error
-        return _config(path, config), content["network"], _iteration(content.get("iteration"))
+        own = _own_config(path, content.get("config"))
+        if config not in (None, own):
+            raise MisfError(f"{path} holds its network's config, which differs from the one given: leave out --config")
+        return own, content["network"]
     if "discriminator" in content and "generator" not in content:
         raise MisfError(f"{path} is an official discriminator (*_dis.pth): give the generator's file (*_gen.pth)")
-    state = content.get("generator", content.get("state_dict", content))
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+    state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    if not all(isinstance(value, Tensor) for value in state.values()) or not state:
         keys = ", ".join(map(str, list(content)[:4]))
         raise MisfError(f"{path} holds no weights that misf knows (its keys: {keys}): expected a misf checkpoint")
-    # DataParallel and torch.compile each put a word before the names.
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state.items()}
-    if not any(name.startswith(("encoder0.", "kpn_model.")) for name in state):
+    # torch.compile puts a word into the names of what it compiled.
+    state = {str(name).replace("_orig_mod.", ""): value for name, value in state.items()}
+    if official := _one_network(path, state, OFFICIAL_MARKS):
+        log.info("%s is a generator of the official MISF repository", path.name)
+        if config not in (None, NetworkConfig()):
+            raise MisfError(f"{path} is an official generator, whose config is that of misf: leave out --config")
+        return NetworkConfig(), _from_official(path, official)
+    weights = _one_network(path, state, OWN_MARKS)
+    if not weights:
         raise MisfError(
             f"{path} holds weights of another model (such as {_some(list(state))}): "
-            "expected a misf checkpoint, or an official MISF generator with --official"
+            "expected a misf checkpoint, or an official MISF generator (*_gen.pth)"
         )
-    if not official:
-        raise MisfError(
-            f"{path} is an official MISF generator: export it with misf-export --official, "
-            "or load it with load_model(path, official=True)"
-        )
-    return NetworkConfig(), _from_official(path, state), _iteration(content.get("iteration"))
+    return config or _preset_of(path, weights), weights
+
+
+OFFICIAL_MARKS = ("encoder0.1.weight", "kpn_model.kernels.weight")
+OWN_MARKS = ("prediction.feature_taps.weight", "stem.weight")
+
+
+def _one_network(path: Path, state: Mapping[str, Tensor], marks: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the weights beside one named as in `marks`, without what stands before their names; {} without any.
+
+    DataParallel puts "module." there, and Lightning the attribute that holds the network; its other attributes, such as
+    a discriminator, are left out.
+    """
+    found = ([name.removesuffix(mark) for name in state if f".{name}".endswith(f".{mark}")] for mark in marks)
+    prefixes = next(filter(None, found), [])
+    if len(prefixes) > 1:
+        raise MisfError(f"{path} holds {len(prefixes)} networks ({_some(prefixes)}): save the weights of one alone")
+    if not prefixes:
+        return {}
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+
+
+def _preset_of(path: Path, weights: Mapping[str, Tensor]) -> NetworkConfig:
+    """Return the config of the preset whose names and shapes these weights have."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name, config in PRESETS.items():
+        if shapes == {key: tuple(shape) for key, shape in _expected_shapes(config).items()}:
+            log.info("%s holds no config and fits the preset %s", path.name, name)
+            return config
+    raise MisfError(
+        f"{path} holds weights without their network's config (such as {_some(list(weights), 3)}), and no preset fits: "
+        "give --config FILE (the JSON of NetworkConfig.to_json, or a run's run.json)"
+    )
 
 
 def official_names(config: NetworkConfig) -> dict[str, str]:
