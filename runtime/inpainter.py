@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,15 +50,26 @@ class FillReport:
 class Inpainter:
     """A model ready to fill holes.
 
-    model: an .onnx file, an engine or a checkpoint. strategy: "crop" runs the model around each hole, "resize" on the
-    whole picture reduced to the working size, "original" on the whole picture as it is; "auto" is original for a
-    picture of about the working size or less, else crop. working_size: the model sees about working_size x
-    working_size pixels at a time. margin: pixels of context around a hole, at least; None: a quarter of the hole's
-    side. backend, device, precision, threads: see `open_backend`. Several threads may call one Inpainter at the same
-    time: each gets its own result (on an engine the calls wait for each other).
-
-        inpaint = Inpainter("best.onnx")
+        inpaint = Inpainter("misf-small")
         result = inpaint(image, mask)
+
+    Several threads may call one Inpainter at the same time: each gets its own result (on an engine the calls wait for
+    each other).
+
+    Args:
+        model: an .onnx file, an engine, a checkpoint, or "misf-small", the network that comes with misf.
+        backend, device, precision, threads: see `open_backend`.
+        strategy: "crop" runs the model around each hole, "resize" on the whole picture reduced to the working size,
+            "original" on the whole picture as it is; "auto" is original for a picture of about the working size or
+            less, else crop.
+        working_size: the model sees about working_size x working_size pixels at a time, at least 64; None: the size
+            that the model file gives for its network.
+        margin: pixels of context around a hole, at least; None: a quarter of the hole's side.
+
+    Raises:
+        ValueError: an unknown strategy, backend or device, or a file that is no such model.
+        MisfError: the model cannot be loaded; its subclass EnvironmentMismatch: this machine lacks what was asked for.
+
     """
 
     def __init__(
@@ -68,13 +79,15 @@ class Inpainter:
         backend: str = "auto",
         device: str | None = None,
         strategy: str = "auto",
-        working_size: int = CropSettings.working_size,
+        working_size: int | None = None,
         margin: int | None = None,
         precision: str = "auto",
         threads: int | None = None,
     ):
-        self.settings = CropSettings(strategy, working_size, margin)
+        self.settings = CropSettings(strategy, working_size or CropSettings.working_size, margin)
         self.backend: Backend = open_backend(model, backend, device, precision, threads)
+        if working_size is None:
+            self.settings = replace(self.settings, working_size=network_working_size(self.backend.config))
         self._limits = self.backend.limits
 
     def inpaint(self, image: Picture_, mask: Any) -> Picture_:
@@ -208,6 +221,12 @@ def _hole(mask: Any) -> Mask:
     if isinstance(mask, Image.Image):
         return mask_from_image(upright(mask, "the mask"))
     return mask_from_array(np.asarray(mask))
+
+
+def network_working_size(config: Mapping[str, Any]) -> int:
+    """Return the working size that a model file gives for its network; that of misf-small for files without one."""
+    size = config.get("working_size")
+    return size if isinstance(size, int) and size >= 64 else CropSettings.working_size
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from ..plugins.shared.errors import BATCH_FAILURES, MisfError
 from ..plugins.shared.progress import progress
 from ..plugins.shared.shipped import ModelFile
 from .backends.contract import BACKENDS, PRECISIONS
-from .pictures.settings import STRATEGIES, CropSettings
+from .pictures.settings import STRATEGIES
 
 if TYPE_CHECKING:
     from .fill_file import FileFiller
@@ -94,9 +94,8 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option(
     "--working-size",
     type=click.IntRange(min=64),
-    default=CropSettings.working_size,
-    show_default=True,
-    help="The model sees about this many pixels squared at a time; memory and time go with it.",
+    help="The model sees about this many pixels squared at a time; memory and time go with it."
+    "  [default: the network's own, 256 for the published one, 512 for misf-small]",
 )
 @click.option("--margin", type=click.IntRange(min=0), help="Context around a hole, pixels. [default: a quarter of it]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
@@ -131,7 +130,7 @@ def main(
     device: str,
     precision: str,
     strategy: str,
-    working_size: int,
+    working_size: int | None,
     margin: int | None,
     threads: int | None,
     mask_threshold: int,
@@ -193,7 +192,7 @@ def main(
                 "device": chosen.device,
                 "precision": chosen.precision,
                 "strategy": strategy,
-                "working_size": working_size,
+                "working_size": inpainter.settings.working_size,
             }
             print_json(settings | results.to_dict())
     if results.failures and not image.is_dir():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .dataset import TrainingSamples
     from .efficientnet import FeatureDistance
+    from .model.checkpoint import Checkpoint
     from .resident import ResidentSamples
     from .run_files import RunFolder
     from .vgg19 import Vgg19
@@ -54,7 +55,9 @@ STARTED = time.monotonic()
 @click.option("--val", type=EXISTING, help="Folder or list of pictures to validate on: keeps best.safetensors.")
 @click.option("--config", type=click.Choice(list(PRESETS)), default="misf", show_default=True, help="The network.")
 @click.option("--filters", type=click.Choice(list(ABLATIONS)), help="Which filters it has: the paper's ablations.")
-@click.option("--recipe", type=click.Choice(list(RECIPES)), default="paper", show_default=True, help="How to train.")
+@click.option(
+    "--recipe", type=click.Choice(list(RECIPES)), help="How to train.  [default: that of --init-from, else paper]"
+)
 @click.option(
     "--init-from",
     type=ModelFile(weights=True),
@@ -111,6 +114,7 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     Examples:
         misf-train --data photographs/ --config misf-small --recipe fidelity --output runs/small
         misf-train --resume --output runs/small
+        misf-train --data mine/ --init-from misf-small --steps 2000 --output runs/mine
         torchrun --nproc-per-node 4 -m misf.training.train_cli --data places/ --output runs/full --precision bf16
     """
     need("misf-train", "train", "torch", "cv2", "lightning_fabric")
@@ -168,16 +172,17 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(options: dict[str, Any]) -> Recipe:
     """Return the recipe that the options describe."""
-    network = PRESETS[options["config"]]
+    network, start = PRESETS[options["config"]], None
     if options["init_from"]:
         from .model.checkpoint import load_checkpoint
 
         if options["filters"]:
             raise click.UsageError("--filters would change the network of --init-from: leave one of them out")
-        network = load_checkpoint(options["init_from"]).config
+        start = load_checkpoint(options["init_from"])
+        network = start.config
     elif options["filters"]:
         network = replace(network, **ABLATIONS[options["filters"]])
-    recipe = RECIPES[options["recipe"]]
+    recipe = _base_recipe(options["recipe"], start)
     if recipe.needs_vgg and not options["vgg19"]:
         recipe = recipe.without_vgg()
         log.info("no --vgg19: the discriminator's features take the place of VGG's (see docs/training.md)")
@@ -199,12 +204,26 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     if options["optimizer"] not in (None, recipe.optimizer) and options["learning_rate"] is None:
         raise click.UsageError(
             f"--optimizer {options['optimizer']} takes another rate than the {recipe.learning_rate:g} of "
-            f"--recipe {options['recipe']}: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
+            f"the recipe: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
         )
     chosen |= _numbers(options["changes"])
     recipe = replace(recipe, network=network, **chosen)
     if options["vgg19"] and not recipe.needs_vgg:
         raise click.UsageError("the recipe does not compare VGG-19's features: leave out --vgg19")
+    return recipe
+
+
+def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
+    """Return the recipe of that name, or the one that the weights to start from were trained by."""
+    if name or start is None:
+        return RECIPES[name or "paper"]
+    if not start.recipe:
+        named = ", ".join(f"{name} ({recipe.steps} steps)" for name, recipe in RECIPES.items())
+        raise click.UsageError(
+            f"{start.path} does not say by which recipe it was trained: give --recipe, one of {named}"
+        )
+    recipe = Recipe.from_json(start.recipe)
+    log.info("the recipe is that of %s, with %d steps (--steps, --recipe)", start.path.name, recipe.steps)
     return recipe
 
 
@@ -255,7 +274,10 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         "%.2f M parameters, %d pictures, %s x %d, from step %d to %d",
         *(parameters / 1e6, len(samples), fabric.device, fabric.world_size, trainer.step, recipe.steps),
     )
-    with progress("steps", recipe.steps, trainer.step, lines=fabric.is_global_zero) as step:
+    parts = ("seconds", int(recipe.seconds), int(trainer.elapsed_s))
+    if not recipe.seconds:
+        parts = ("steps", recipe.steps, trainer.step)
+    with progress(*parts, lines=fabric.is_global_zero) as step:
         train(
             trainer,
             samples,
@@ -266,7 +288,9 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             picture_every=options["picture_every"],
             stop_at=STARTED + options["stop_after"] if options["stop_after"] else math.inf,
             cases=cases,
-            progress=lambda done, text: step(done, text=text),
+            progress=lambda done, text: (
+                step(int(trainer.elapsed_s), text=f"step {done}, {text}") if recipe.seconds else step(done, text=text)
+            ),
         )
     trainer.close()
     if fabric.is_global_zero:

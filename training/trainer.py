@@ -371,7 +371,9 @@ class Trainer:
 
     def save_weights(self, path: os.PathLike[str]) -> None:
         """Write the averaged weights as a checkpoint that misf-export and misf-eval read."""
-        save_checkpoint(path, self.config.network, self.average.state_dict(), self.step)
+        save_checkpoint(
+            path, self.config.network, self.average.state_dict(), self.step, notes={"recipe": self.config.to_json()}
+        )
 
     @torch.no_grad()
     def filled(self, image: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # commands look up the names below before they load NumPy
 
 BACKENDS = ("auto", "onnxruntime", "openvino", "pytorch", "tensorrt")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-CHECKPOINTS = (".safetensors", ".pt", ".pth")
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".ckpt")
 ENGINES = (".plan", ".engine", ".trt")
 
 

@@ -445,7 +445,11 @@ def test_killed_while_it_validates_it_validates_again(
 def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     output = tmp_path / "run"
     arguments = ("--data", photographs, *QUICK[2:], "--device", "cpu", "--steps", "1", "--output", output)
-    result = invoke(*arguments, "--init-from", tiny_checkpoint, "--learning-rate", "1e-9", "--val", photographs)
+    arguments = (*arguments, "--init-from", tiny_checkpoint)
+    unsaid = invoke(*arguments)
+    assert unsaid.exit_code == 2
+    assert "does not say by which recipe it was trained: give --recipe, one of paper (450000 steps)" in unsaid.stderr
+    result = invoke(*arguments, "--recipe", "paper", "--learning-rate", "1e-9", "--val", photographs)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(output / "ema.safetensors")
     trained, given = load_model(output / "ema.safetensors"), load_model(tiny_checkpoint)
@@ -454,6 +458,14 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
         torch.testing.assert_close(trained.state_dict()[name], tensor, atol=1e-7, rtol=0)
     assert (output / "best.safetensors").exists()
     assert "val_psnr_db" in (output / "log.jsonl").read_text()
+
+    then = ("--data", photographs, "--init-from", output / "ema.safetensors", "--output", tmp_path / "then")
+    assert invoke(*then, "--steps", "2", "--device", "cpu").exit_code == 0
+    first, second = (
+        Recipe.from_json(json.dumps(RunFolder(folder).read_settings()["recipe"]))
+        for folder in (output, tmp_path / "then")
+    )
+    assert second == replace(first, steps=2)
 
     again = invoke(*arguments)
     assert again.exit_code == 1
@@ -487,7 +499,7 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
         (("--data", ".", "--set", "unknown=1"), 2, "perceptual"),
         (("--data", ".", "--set", "whole=2"), 2, "NAME=NUMBER"),
         (("--data", ".", "--optimizer", "muon"), 2, "--learning-rate"),
-        (("--data", ".", "--official"), 2, "--init-from"),
+        (("--data", ".", "--init-from", "misf-large"), 2, "misf comes with misf-small"),
         (("--data", ".", "--masks", "nowhere"), 2, "expected random"),
         (("--data", ".", "--vgg19", "nowhere.pth"), 1, "vgg19-dcbb9e9d.pth"),
         (("--data", ".", "--recipe", "fidelity", "--vgg19", "any.pth"), 2, "leave out --vgg19"),

@@ -31,13 +31,15 @@ FORMAT = "misf-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: the config, the weights (float32, on the CPU) and where they came from."""
+    """What a checkpoint file holds: the config, the weights (float32, on the CPU) and where they come from."""
 
     config: NetworkConfig
     weights: dict[str, Tensor]
     iteration: int
     sha256: str
     path: Path
+    recipe: str = ""
+    """The `Recipe` that the weights were trained by, as JSON; "" where the file does not say."""
 
 
 def load_model(path: str | os.PathLike[str], *, config: NetworkConfig | None = None) -> InpaintingNetwork:
@@ -82,7 +84,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, config: NetworkConfig | Non
     if broken:
         raise MisfError(f"{path} holds NaN or infinite weights in {_some(broken)}: use an earlier checkpoint")
     iteration = _iteration(content.get("iteration", content.get("global_step")))
-    return Checkpoint(found, weights, iteration, digest, path)
+    recipe = content.get("recipe", "")
+    return Checkpoint(found, weights, iteration, digest, path, recipe if isinstance(recipe, str) else "")
 
 
 def save_checkpoint(

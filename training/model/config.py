@@ -47,11 +47,15 @@ class NetworkConfig:
     detail: int = 0
     """Channels at full resolution of the head that adds detail there (`network.Detail`); 0: no head."""
 
+    working_size: int = 256
+    """Side in pixels of the square that the network fills best: the runtime shows it about that much at a time. It was
+    trained at about this size, or, without instance norms, fills as well at this as at the size it was trained at."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
         integers = [self.width, self.prediction_width, self.prediction_convs, self.share, *self.residual_dilations]
         integers += [self.kernel_size, self.scale, self.feature_filter_level, self.detail]
-        if not all(isinstance(value, int) and not isinstance(value, bool) for value in integers):
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in [*integers, self.working_size]):
             raise ValueError(f"NetworkConfig takes whole numbers, got {self}")
         if not all(isinstance(value, bool) for value in (self.image_filter, self.normalize, self.fill_first)):
             raise ValueError(f"image_filter, normalize and fill_first are true or false, got {self}")
@@ -63,6 +67,8 @@ class NetworkConfig:
             raise ValueError(f"scale must be 1, or with fill_first 2 or 4, got {self.scale}")
         if self.detail < 0 or (self.detail and self.scale != 4):
             raise ValueError(f"detail must be 0, or at least 1 with scale 4, got {self.detail} with scale {self.scale}")
+        if not 64 <= self.working_size <= 8192:
+            raise ValueError(f"working_size must be within 64..8192 pixels, got {self.working_size}")
         if self.feature_filter_level not in (0, 1, 2, 3):
             raise ValueError(f"feature_filter_level must be 0, 1, 2 or 3, got {self.feature_filter_level}")
         if self.feature_filter_level and self.filtered_channels * self.kernel_size**2 % self.share:
@@ -122,6 +128,8 @@ class NetworkConfig:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown network config keys {', '.join(unknown)}: was it written by a newer misf?")
+        if values.get("fill_first"):
+            values.setdefault("working_size", 512)  # files older than this field
         try:
             return cls(**values)
         except TypeError as error:
@@ -138,6 +146,7 @@ PRESETS: dict[str, NetworkConfig] = {
         normalize=False,
         fill_first=True,
         scale=4,
+        working_size=512,
     ),
     "misf-looks": NetworkConfig(
         width=32,
@@ -148,6 +157,7 @@ PRESETS: dict[str, NetworkConfig] = {
         fill_first=True,
         scale=4,
         detail=16,
+        working_size=512,
     ),
     "misf-tiny": NetworkConfig(width=8, prediction_width=8, prediction_convs=1, residual_dilations=(2, 2)),
 }
