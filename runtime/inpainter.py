@@ -140,6 +140,12 @@ class Inpainter:
         crops = self._within_limits(plan_crops(hole, self.settings))
         if len(crops) > MANY_CROPS:
             log.info("%d crops: many holes, or a long one, at native resolution", len(crops))
+        if shrunk := [crop.box.size[0] / crop.size[0] for crop in crops if crop.size[0] < crop.box.size[0]]:
+            log.info(
+                "%d of %d crops are larger than the working size and filled at down to 1/%.1f of their resolution: "
+                "their fill is softer than what is around it",
+                *(len(shrunk), len(crops), max(shrunk)),
+            )
         waiting = hole.copy() if len(crops) > 1 else hole  # not filled yet: later crops see what earlier ones filled
         seconds = 0.0
         for done, crop in enumerate(crops):

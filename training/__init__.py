@@ -8,8 +8,9 @@ from .model.config import PRESETS, NetworkConfig
 
 if TYPE_CHECKING:
     from .model.checkpoint import load_model
+    from .model.network import composite
 
-__all__ = ["PRESETS", "NetworkConfig", "load_model"]
+__all__ = ["PRESETS", "NetworkConfig", "composite", "load_model"]
 
 
 def __getattr__(name: str) -> object:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> object:
         from .model.checkpoint import load_model
 
         return load_model
+    if name == "composite":
+        from .model.network import composite
+
+        return composite
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
