@@ -175,7 +175,7 @@ def _onnx(open_backend: Any, file: Path, host: Any) -> Callable[[Tensor, Tensor]
 
 
 def engines(onnx_files: dict[str, Path], folder: Path, sizes: list[tuple[int, int]], batch: int) -> dict[str, Path]:
-    """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are told."""
+    """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are logged."""
     from misf.runtime.engines.flavors import installed
 
     if not installed("tensorrt"):
@@ -234,7 +234,7 @@ def in_hole_db(output: Any, reference: Tensor, mask: Tensor) -> float | None:
 
 
 def measure(ways: list[Way], image: Tensor, mask: Tensor, rounds: int, warm_up: int) -> dict[str, dict[str, Any]]:
-    """Return a row for every way, or why it has none. Ways take turns; a failure of one stops no other."""
+    """Return a row for every method, or why it has none. Methods take turns; one that fails does not stop the rest."""
     on_gpu = image.is_cuda
     calls: dict[str, tuple[Way, Callable[[], Any]]] = {}
     rows: dict[str, dict[str, Any]] = {}

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
     "--precision",
     type=click.Choice(["fp32", "fp16"]),
     default=None,
-    help="Type of the network's layers; input and output are float32 always.  [default: fp32]",
+    help="Type of the network's layers. Input and output are always float32.  [default: fp32]",
 )
 @click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
 @click.option(
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--calibration",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of pictures like yours, to find layers that float16 cannot hold, and for the check at the end."
+    help="Folder of pictures like yours, used to find layers that float16 cannot hold and for the final check."
     "  [default: four shipped photographs]",
 )
 @click.option(
@@ -61,16 +61,16 @@ log = logging.getLogger(__name__)
     type=click.FloatRange(min=1, max=65504),
     default=8192.0,
     show_default=True,
-    help="Layers with larger values on the calibration pictures stay float32.",
+    help="Layers that reach larger values than this on the calibration pictures stay float32.",
 )
 @click.option(
     "--inline-functions",
     is_flag=True,
-    help="Write the dynamic filter as plain nodes, for readers that know no ONNX functions, such as OpenVINO's own. "
-    "Not for engines.",
+    help="Write the dynamic filter as standard nodes, for readers without support for ONNX functions, such as "
+    "OpenVINO's. Not for engines.",
 )
 @engine_options
-@click.option("--force", is_flag=True, help="Replace existing files that -o did not name.")
+@click.option("--force", is_flag=True, help="Replace existing files, not only those named by -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.pass_context
 def main(
@@ -88,14 +88,13 @@ def main(
     as_json: bool,
     **engine: Any,
 ) -> None:
-    """Turn a checkpoint into one ONNX file for any batch, height and width; with -o X.plan on into an engine.
+    """Turn a checkpoint into an ONNX file for any batch, height and width, or with -o X.plan into an engine.
 
     The file is compared with PyTorch on photographs at several sizes before it is put in place. When it differs too
     much (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
 
-    Beside an engine X.plan stays X.onnx, which it is built of: other machines and misf-verify --layers need it.
-
-    The options from --backend to --device are for engines, which misf-build makes of an ONNX file too.
+    With -o X.plan, the ONNX file is kept beside the engine: building on another machine and misf-verify --layers need
+    it. The options from --backend to --device apply to engines only.
 
     \b
     Example:

@@ -22,7 +22,7 @@ class _Group(Command, click.Group):
 @click.group("misf-plugin", cls=_Group, invoke_without_command=True)
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Build the TensorRT plugin library and say what is there.
+    """Build the TensorRT plugin library, and find the one installed.
 
     \b
     Example: misf-plugin build --tensorrt-root /opt/TensorRT-10.13.3
@@ -95,7 +95,7 @@ def path_command(major: int | None, self_registering: bool) -> None:
 @click.argument("libraries", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def info_command(libraries: tuple[str, ...], as_json: bool) -> None:
-    """Say what LIBRARIES, by default the installed ones, were built for; nothing is loaded.
+    """Print what LIBRARIES, by default the installed ones, were built for; nothing is loaded.
 
     \b
     Example: misf-plugin info --json

@@ -68,7 +68,7 @@ class Inpainter:
 
     Raises:
         ValueError: an unknown strategy, backend or device, or a file that is no such model.
-        MisfError: the model cannot be loaded; its subclass EnvironmentMismatch: this machine lacks what was asked for.
+        MisfError: the model cannot be loaded; its subclass EnvironmentMismatch: this machine lacks what was requested.
 
     """
 
@@ -135,7 +135,7 @@ class Inpainter:
         return picture.encoded(picture.format, changed=report.hole_pixels > 0)
 
     def fill(self, canvas: Canvas, hole: Mask, progress: Callable[[int, int], None] | None = None) -> FillReport:
-        """Fill the holes of a canvas in place and return how; `progress` is told crops done and crops in all."""
+        """Fill the holes of a canvas in place and return how; `progress` is called with the crops done and in total."""
         check_mask(hole, canvas.size)
         crops = self._within_limits(plan_crops(hole, self.settings))
         if len(crops) > MANY_CROPS:

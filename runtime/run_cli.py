@@ -59,13 +59,18 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.argument("model", type=ModelFile())
 @click.argument("image", type=EXISTING)
 @click.argument("mask", type=EXISTING, required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: NAME_inpainted.EXT]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file or folder to write.  [default: NAME_inpainted.EXT beside IMAGE]",
+)
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="What runs the model; auto takes the fastest that is installed and says which.",
+    help="The library that runs the model; auto takes the fastest one installed and logs which.",
 )
 @click.option(
     "--device",
@@ -74,31 +79,33 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
     envvar="MISF_DEVICE",
     show_envvar=True,
     callback=_device,
-    help="auto, cpu, cuda or cuda:N. A GPU that is asked for and not there is an error.",
+    help="auto, cpu, cuda or cuda:N. Asking for a GPU that is missing is an error.",
 )
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="auto",
     show_default=True,
-    help="What to compute in. auto: what the file holds; on OpenVINO bf16 where the processor has it.",
+    help="Precision of the computation. auto: the file's; on OpenVINO bf16 where the processor has it.",
 )
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
     default="auto",
     show_default=True,
-    help="What the model sees: a crop around each hole, the picture resized, or the picture as it is. auto: the "
-    "picture if it is of about the working size, else crops.",
+    help="What the model sees: a crop around each hole, the whole picture resized, or the picture as it is. auto: "
+    "the whole picture if it is about as large as the working size, else crops.",
 )
 @click.option(
     "--working-size",
     type=click.IntRange(min=64),
-    help="The model sees about this many pixels squared at a time; memory and time go with it."
+    help="Side of the square that the model sees at a time, in pixels; larger takes more memory and time."
     "  [default: the network's own, 256 for the published one, 512 for misf-small]",
 )
-@click.option("--margin", type=click.IntRange(min=0), help="Context around a hole, pixels. [default: a quarter of it]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+@click.option(
+    "--margin", type=click.IntRange(min=0), help="Pixels of context around a hole.  [default: a quarter of the hole]"
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]")
 @click.option(
     "--mask-threshold",
     type=click.IntRange(0, 254),
@@ -106,20 +113,26 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
     show_default=True,
     help="Mask values above this (0-254) are holes.",
 )
-@click.option("--invert-mask", is_flag=True, help="Black is the hole instead of white.")
-@click.option("--resize-mask", is_flag=True, help="Resize a mask of another size to the picture's.")
+@click.option("--invert-mask", is_flag=True, help="Black marks the hole instead of white.")
+@click.option("--resize-mask", is_flag=True, help="Accept a mask of another size and resize it to the picture.")
 @click.option(
     "--grow-mask",
     type=click.IntRange(min=0),
     default=0,
     metavar="PIXELS",
-    help="Fill so many pixels around the hole too: what a soft edge leaves of an object.",
+    help="Grow the hole by this many pixels, to cover the soft edge of an object.",
 )
-@click.option("--mask-from-alpha", is_flag=True, help="Transparent is the hole: in MASK, or in IMAGE without a MASK.")
+@click.option(
+    "--mask-from-alpha",
+    is_flag=True,
+    help="Transparent pixels are the hole: those of MASK, or of IMAGE if no MASK is given.",
+)
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
-@click.option("--skip-existing", is_flag=True, help="Skip pictures whose output exists: continues an interrupted run.")
-@click.option("--no-follow-links", is_flag=True, help="Leave out folders that are links.")
+@click.option(
+    "--skip-existing", is_flag=True, help="Skip pictures whose output exists, to continue an interrupted run."
+)
+@click.option("--no-follow-links", is_flag=True, help="Do not follow links to folders.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     model: Path,
@@ -144,13 +157,13 @@ def main(
     no_follow_links: bool,
     as_json: bool,
 ) -> int:
-    """Fill the holes of IMAGE that MASK shows in white, with MODEL, and print the path of the result.
+    """Fill the white parts of MASK in IMAGE with MODEL, and print the path of the result.
 
     MODEL is an .onnx file, an engine (.plan), a checkpoint, or misf-small, the network that comes with misf.
 
-    IMAGE is a picture, or a folder of pictures with MASK one mask for all or a folder of masks with the same names
-    (x.png, or x_mask001.png). Format, profile, EXIF, alpha and every pixel outside the holes stay as they are. Nothing
-    is overwritten without --force, except the file that -o names.
+    IMAGE is a picture, or a folder of pictures; then MASK is one mask for all of them, or a folder of masks with the
+    pictures' names (x.png or x_mask001.png). Format, profile, EXIF, alpha and every pixel outside the holes are kept.
+    Nothing is overwritten without --force, except a file named by -o.
 
     \b
     Example:
@@ -162,7 +175,7 @@ def main(
         raise click.UsageError("--force and --skip-existing contradict each other: give one of them")
     jobs, results = _planned(
         image, mask, output, skip_existing, not no_follow_links
-    )  # before the model is loaded: a wrong path is told at once
+    )  # before the model is loaded, so that a wrong path fails at once
 
     from .fill_file import FileFiller, MaskSettings
     from .inpainter import Inpainter

@@ -1,4 +1,4 @@
-"""What the networks are trained to make small: reconstruction, adversarial, perceptual and style losses.
+"""Training losses: reconstruction, adversarial, perceptual and style.
 
 Pictures are float N,3,H,W RGB in [0,1], masks N,1,H,W with 1 = hole. The recipe is MISF's (arXiv 2203.06304, section
 4.1, which takes it from EdgeConnect, arXiv 1901.00212): L1, adversarial, VGG-19 perceptual and style.
@@ -50,8 +50,8 @@ def hole_loss(prediction: Tensor, image: Tensor, mask: Tensor, *, squared: float
 def psnr_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Return log(mean square in the hole + 2e-4), the mean over samples: -PSNR times ln(10)/10, but for the 2e-4.
 
-    Noisy pictures do not outshout calm ones, as they do in the mean square itself; what is better than 37 dB already
-    counts less and less. Arguments as in `hole_loss`.
+    Noisy pictures do not dominate calm ones, as they do in the mean square; improvements above 37 dB count less and
+    less. Arguments as in `hole_loss`.
     """
     square = ((prediction - image) * mask).square().sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
     return torch.log(square + 2e-4).mean()
@@ -85,7 +85,7 @@ def ssim_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 
 def known_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Return L1 outside the hole: the composite never shows it, but it steadies the layers that are shared."""
+    """Return L1 outside the hole. The composite never shows these pixels, but the loss stabilises the shared layers."""
     known = 1 - mask
     error = ((prediction - image).abs() * known).sum(dim=(1, 2, 3))
     return (error / (3 * known.sum(dim=(1, 2, 3))).clamp(min=1)).mean()
@@ -94,13 +94,13 @@ def known_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 def adversarial_loss(
     scores: Tensor, real: bool, kind: str = "nsgan", *, for_generator: bool = False, where: Tensor | None = None
 ) -> Tensor:
-    """Return the adversarial loss of a discriminator's raw scores that should say `real`.
+    """Return the adversarial loss of a discriminator's raw scores whose target is `real`.
 
     Args:
         scores: any shape.
-        real: what the pictures are (discriminator), or shall pass for (generator: True).
+        real: what the pictures are (discriminator's loss), or what they should pass for (generator's loss: True).
         kind: nsgan (logistic, not saturating), lsgan (squares to 1 and 0), hinge.
-        for_generator: matters to hinge only, whose generator loss has no hinge.
+        for_generator: only used by hinge, whose generator loss has no hinge.
         where: 1 for the scores that count, else 0; all, unless given.
 
     """
@@ -120,9 +120,9 @@ def adversarial_loss(
 
 
 def touched_patches(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return N,1,h,w: 1 for the patches of a discriminator's scores of `size` (h, w) that the hole comes near, else 0.
+    """Return N,1,h,w: 1 where a discriminator's score of `size` (h, w) is for a patch near the hole, else 0.
 
-    A patch counts when there is hole within 8 pixels of its place: of the 70 pixels that it sees, the middle.
+    A patch counts if the hole comes within 8 pixels of its centre; it sees 70x70 pixels.
     """
     return F.adaptive_max_pool2d(F.max_pool2d(mask, 17, stride=1, padding=8), size)
 

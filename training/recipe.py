@@ -27,24 +27,24 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 class Recipe:
     """Every number of a training run; the defaults are the paper's recipe (arXiv 2203.06304, section 4.1).
 
-    A weight of 0 switches a loss, and what only it needs, off.
+    A loss of weight 0 is switched off, with everything that only it needs.
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     seed: int = 0
     steps: int = 450_000
     seconds: float = 0.0
-    """If not 0, the run ends after this time of training, where that is before `steps`, and the rate's schedule is the
-    clock's: for machines that are lent by the minute. Such a run cannot be repeated to the digit."""
+    """If not 0, the run ends after this many seconds of training, or after `steps` if that is sooner, and the learning
+    rate follows the clock: for machines that are rented by the minute. Such a run is not reproducible to the digit."""
     batch: int = 8
     """Samples per step, over all processes and accumulated passes."""
     accumulate: int = 1
-    """Passes per step: the batch is worked off in so many parts, for less memory."""
+    """Gradient accumulation: each batch is split into this many passes, to save memory."""
     crop: int = 256
     zoom_out: float = 1.0
     whole: bool = False
     shuffle_colors: bool = False
-    """Each sample's colour channels change places: six times the pictures, for small collections."""
+    """Shuffle each sample's colour channels, which makes a small collection six times as large."""
 
     l1: float = 1.0
     """L1 over the whole prediction, divided by the mask's mean."""
@@ -140,18 +140,18 @@ class Recipe:
         return self.perceptual > 0 or self.style > 0
 
     def progress(self, step: int, elapsed_s: float = 0.0) -> float:
-        """Return the share of the run that lies behind step `step`, counted from 0, and so many seconds of training."""
+        """Return the fraction of the run completed at `step`, counted from 0, and `elapsed_s` seconds of training."""
         return max(step / self.steps, elapsed_s / self.seconds if self.seconds else 0.0)
 
     def rate(self, step: int, elapsed_s: float = 0.0) -> float:
-        """Return the generator's learning rate for step `step`, counted from 0, after so many seconds of training."""
+        """Return the generator's learning rate for `step`, counted from 0, after `elapsed_s` seconds of training."""
         rate = self.learning_rate * min(1.0, (step + 1) / (self.warm_up + 1))
         if self.schedule == "cosine":
             rate *= 0.5 + 0.5 * math.cos(math.pi * min(self.progress(step, elapsed_s), 1.0))
         return rate
 
     def without_vgg(self) -> Recipe:
-        """Return the recipe for those without VGG's weights: the discriminator's features take their place.
+        """Return the recipe without VGG's losses; feature matching in the discriminator takes their place.
 
         The discriminator is there anyway, sees the same pictures, and its features are a learned measure of detail
         (pix2pixHD, arXiv 1711.11585, uses them so, with this weight); L1 of 4x4 means holds the colours of large holes.

@@ -28,7 +28,7 @@ class ResidentSamples:
     Args:
         pictures: those whose shorter side is below `crop` are enlarged to it.
         masks: where the stock is drawn from.
-        stock: so many masks, turned and mirrored in all eight ways.
+        stock: number of masks, each used in all eight orientations.
         crop, seed, zoom_out, shuffle_colors: as for `TrainingSamples`, but crops are cut pixel by pixel from two
             sizes of each picture: its own and one smaller by `zoom_out`.
         device: where everything lies.

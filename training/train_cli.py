@@ -46,17 +46,37 @@ STARTED = time.monotonic()
 
 
 @command("misf-train")
-@click.option("--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --output, with its own settings.")
+@click.option(
+    "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the run's files."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings.")
 @click.option("--data", type=EXISTING, help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
-@click.option("--invert-mask", is_flag=True, help="Mask files are black where the hole is.")
-@click.option("--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Grey above: hole.")
-@click.option("--val", type=EXISTING, help="Folder or list of pictures to validate on: keeps best.safetensors.")
-@click.option("--config", type=click.Choice(list(PRESETS)), default="misf", show_default=True, help="The network.")
-@click.option("--filters", type=click.Choice(list(ABLATIONS)), help="Which filters it has: the paper's ablations.")
+@click.option("--invert-mask", is_flag=True, help="Black marks the hole in mask files, instead of white.")
 @click.option(
-    "--recipe", type=click.Choice(list(RECIPES)), help="How to train.  [default: that of --init-from, else paper]"
+    "--mask-threshold",
+    type=click.IntRange(0, 254),
+    default=127,
+    show_default=True,
+    help="Mask values above this are holes.",
+)
+@click.option(
+    "--val",
+    type=EXISTING,
+    help="Folder or list of pictures to validate on; the best weights are kept as best.safetensors.",
+)
+@click.option(
+    "--config", type=click.Choice(list(PRESETS)), default="misf", show_default=True, help="The network to train."
+)
+@click.option(
+    "--filters",
+    type=click.Choice(list(ABLATIONS)),
+    help="Which dynamic filters the network has, as in the paper's ablations.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    help="Losses, optimizer and schedule.  [default: that of --init-from, else paper]",
 )
 @click.option(
     "--init-from",
@@ -70,42 +90,64 @@ STARTED = time.monotonic()
     metavar="NAME|FILE",
     default="lite0",
     show_default=True,
-    help="EfficientNet of the recipe's feature distance: lite0 (extra `looks`), or the package's file.",
+    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Steps in all.  [default: the recipe's]")
-@click.option("--batch", type=click.IntRange(min=1), help="Pictures per step, over all processes.")
+@click.option("--steps", type=click.IntRange(min=1), help="Number of training steps.  [default: the recipe's]")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples per step, over all processes.")
 @click.option(
     "--accumulate", type=click.IntRange(min=1), help="Split each batch into this many passes (gradient accumulation)."
 )
 @click.option("--crop", type=click.IntRange(min=8), help="Side of the square crops in pixels.")
-@click.option("--zoom-out", type=click.FloatRange(min=1), help="Crops are taken up to this many times larger.")
-@click.option("--whole", is_flag=True, help="No crops: each picture's middle square, resized.")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Of the generator; muon takes higher rates (4e-3).")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Of the generator.")
-@click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate.")
+@click.option(
+    "--zoom-out", type=click.FloatRange(min=1), help="Crops cover up to this many times --crop, then shrunk to it."
+)
+@click.option("--whole", is_flag=True, help="Train on each picture's middle square, resized, instead of crops.")
+@click.option(
+    "--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer of the generator; muon needs a higher rate (4e-3)."
+)
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Learning rate of the generator.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="Schedule of the learning rate.")
 @click.option("--adversarial-kind", type=click.Choice(ADVERSARIAL), help="The adversarial loss.")
-@click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Any other number of the recipe.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of weights, crops and masks.")
+@click.option("--set", "changes", multiple=True, metavar="NAME=NUMBER", help="Set any other number of the recipe.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of weights, crops and masks.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: mixed."
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="bf16 is mixed precision.",
 )
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that load pictures."
 )
 @click.option(
-    "--resident", type=click.IntRange(min=1), metavar="MASKS", help="Keep all pictures and so many masks on the device."
+    "--resident",
+    type=click.IntRange(min=1),
+    metavar="MASKS",
+    help="Keep all pictures and this many masks in the device's memory.",
 )
 @click.option(
-    "--stop-after", type=click.IntRange(min=1), metavar="SECONDS", help="Save and stop then; --resume goes on."
+    "--stop-after",
+    type=click.IntRange(min=1),
+    metavar="SECONDS",
+    help="Save and stop after this time; --resume continues.",
 )
-@click.option("--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between numbers.")
-@click.option("--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between states.")
 @click.option(
-    "--picture-every", type=click.IntRange(min=1), default=1000, show_default=True, help="Steps between grids."
+    "--log-every", type=click.IntRange(min=1), default=50, show_default=True, help="Steps between log entries."
+)
+@click.option(
+    "--save-every", type=click.IntRange(min=1), default=500, show_default=True, help="Steps between saved states."
+)
+@click.option(
+    "--picture-every",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Steps between picture grids in TensorBoard.",
 )
 def main(output: Path, resume: bool, **options: Any) -> None:
-    """Train a network; the run can be killed at any moment and resumed exactly.
+    """Train a network. The run can be killed at any moment and resumed exactly.
 
     OUTPUT gets state.pt (for --resume), ema.safetensors (for misf-export and misf-eval), best.safetensors (with --val),
     run.json, log.jsonl and TensorBoard curves. Several GPUs: start it with torchrun.

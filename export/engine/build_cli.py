@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
     "--precision",
     type=click.Choice(["fp32", "fp16"]),
     default=None,
-    help="What the engine must come out as; exit code 3 if not.  [default: what the ONNX file says]",
+    help="Precision that the engine must have; exit code 3 otherwise.  [default: that of the ONNX file]",
 )
 @click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
 @engine_options
-@click.option("--force", is_flag=True, help="Replace an existing file that -o did not name.")
+@click.option("--force", is_flag=True, help="Replace an existing file, even one not named by -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     onnx_file: Path,
@@ -40,10 +40,10 @@ def main(
     as_json: bool,
     **engine: Any,
 ) -> None:
-    """Build ONNX, a file of misf-export or the name misf-small, into a TensorRT engine for this machine.
+    """Build a TensorRT engine for this machine from ONNX, a file of misf-export or the name misf-small.
 
-    Writes the plan and its side-car, PLAN.json, which says what it was built for; misf-run compares it with the machine
-    before it loads the plan. The precision is that of the ONNX file.
+    Writes the plan and PLAN.json, its side-car file, which records what the plan was built for; misf-run compares it
+    with the machine before it loads the plan. The engine has the precision of the ONNX file.
 
     \b
     Example:

@@ -86,7 +86,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     Raises:
         ValueError: the file is not ONNX, or not ours.
         EnvironmentMismatch: TensorRT, the GPU or the plugin library that it takes is not there.
-        AccuracyError: the precision that was asked for did not come out.
+        AccuracyError: the precision that was requested did not come out.
         MisfError: TensorRT does not parse the file or does not build it; the message is TensorRT's.
         KeyboardInterrupt: the build was cancelled. In all these cases nothing is written.
 
@@ -160,7 +160,7 @@ def _machine(flavor: Flavor, device: int) -> _Machine:
     except CudaError as error:
         raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
     if device >= count:
-        raise EnvironmentMismatch(f"cuda:{device} was asked for and there are {count} GPUs")
+        raise EnvironmentMismatch(f"cuda:{device} was requested but there are {count} GPUs")
     cuda.set_device(device)  # before anything of TensorRT's is made, which stays with the GPU of that time
     return _Machine(gpu_name(device), cuda.compute_capability(device))
 
@@ -273,7 +273,7 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
     precision = max(obtained, key=lambda name: obtained[name])
     if precision != asked:
         raise AccuracyError(
-            f"{asked} was asked for and {precision} came out ({counts} of {total} convolutions): the types of an ONNX "
+            f"{asked} was requested but {precision} came out ({counts} of {total} convolutions): the types of an ONNX "
             f"file are the engine's, so export it with misf-export --precision {asked}"
         )
 

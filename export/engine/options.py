@@ -36,25 +36,33 @@ _OPTIONS = (
         type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
         default="auto",
         show_default=True,
-        help="TensorRT, or TensorRT for RTX (no GPU needed to build, no plugin); auto: the first that is installed.",
+        help="TensorRT, or TensorRT for RTX (no GPU needed to build, no plugin); auto: the first one installed.",
     ),
-    click.option("--min-shape", type=HxW(), default="64x64", show_default=True, help="Smallest picture."),
-    click.option("--opt-shape", type=HxW(), default="512x512", show_default=True, help="What to be fastest for."),
-    click.option("--max-shape", type=HxW(), default="1024x1024", show_default=True, help="Largest picture."),
-    click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures at once."),
-    click.option("--workspace", type=click.FloatRange(min=0, min_open=True), help="GiB to build with.  [default: all]"),
-    click.option("--opt-level", type=click.IntRange(0, 5), help="Effort of the builder.  [default: TensorRT's, 3]"),
+    click.option("--min-shape", type=HxW(), default="64x64", show_default=True, help="Smallest picture size."),
+    click.option("--opt-shape", type=HxW(), default="512x512", show_default=True, help="Picture size to optimise for."),
+    click.option("--max-shape", type=HxW(), default="1024x1024", show_default=True, help="Largest picture size."),
+    click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Largest batch."),
+    click.option(
+        "--workspace",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Memory that the build may use, GiB.  [default: all]",
+    ),
+    click.option(
+        "--opt-level", type=click.IntRange(0, 5), help="Optimisation level of the builder.  [default: TensorRT's, 3]"
+    ),
     click.option(
         "--timing-cache",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="File of earlier measurements, read and written.  [default: in the cache folder, TensorRT only]",
+        help="Timing cache, read and written.  [default: in the cache folder, TensorRT only]",
     ),
     click.option(
         "--plugin",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Plugin library of the filter.  [default: MISF_PLUGIN, or what misf-plugin build installed]",
+        help="Plugin library for the filter.  [default: MISF_PLUGIN, or what misf-plugin build installed]",
     ),
-    click.option("--no-plugin", is_flag=True, help="Build the filter from standard layers: no library needed, slower."),
+    click.option(
+        "--no-plugin", is_flag=True, help="Build the filter from standard layers: slower, but no library is needed."
+    ),
     click.option("--device", help="GPU to build for: cuda or cuda:N.  [default: MISF_DEVICE, or the first]"),
 )
 

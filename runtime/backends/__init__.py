@@ -36,7 +36,7 @@ def open_backend(
 
     device: "auto", "cpu", "cuda" or "cuda:N"; None: MISF_DEVICE, or else "auto". precision: what to compute in; "auto":
     what the file or, on OpenVINO, the processor offers. Raises ValueError or MisfError for a file that is no such
-    model, EnvironmentMismatch for a library or a GPU that was asked for and is not there.
+    model, EnvironmentMismatch for a library or a GPU that was requested but is not there.
     """
     path = shipped_model(model)
     device = parse_device(device or os.environ.get("MISF_DEVICE") or "auto")

@@ -61,7 +61,7 @@ class OnnxRuntimeBackend:
             exported = f"export it with --precision {precision}"
             advice = "use precision auto, or OpenVINO" if precision == "bf16" else exported
             raise ValueError(
-                f"{path} is {self.precision} and {precision} was asked for: "
+                f"{path} is {self.precision}, but {precision} was requested: "
                 f"ONNX Runtime computes in the file's precision, so {advice}"
             )
 
@@ -98,7 +98,7 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
     asked = device.startswith("cuda")
     if asked and not has_cuda():
         raise EnvironmentMismatch(
-            f"device {device} was asked for and this ONNX Runtime has no CUDA provider "
+            f"device {device} was requested but this ONNX Runtime has no CUDA provider "
             f"(only {', '.join(onnxruntime.get_available_providers())}): "
             "pip uninstall onnxruntime, then pip install 'misf[gpu]', or use the device cpu"
         )
@@ -113,7 +113,7 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
     session = _session(path, [CPU], threads)  # a damaged file ends here
     reason = "ONNX Runtime cannot start its CUDA provider: no such GPU, or CUDA or cuDNN is missing or does not match"
     if asked:
-        raise EnvironmentMismatch(f"device {device} was asked for and is not usable. {reason}")
+        raise EnvironmentMismatch(f"device {device} was requested but is not usable. {reason}")
     log.warning("%s; running on the CPU", reason)
     return session, "cpu"
 

@@ -31,7 +31,7 @@ class OpenVinoBackend:
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):
         if device not in ("auto", "cpu"):
-            raise EnvironmentMismatch(f"device {device} was asked for and OpenVINO runs on CPUs: use onnxruntime")
+            raise EnvironmentMismatch(f"device {device} was requested but OpenVINO runs on CPUs: use onnxruntime")
         model = _read(path)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.config = check_onnx(
@@ -97,12 +97,12 @@ def _shape(entry: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def _precision(asked: str, capabilities: list[str]) -> str:
-    """Return the precision to compute in: what was asked for, if this processor has it."""
+    """Return the precision to compute in: what was requested, if this processor has it."""
     has_bf16 = "BF16" in capabilities
     if asked == "auto":
         return "bf16" if has_bf16 else "fp32"
     if asked == "bf16" and not has_bf16:
-        raise EnvironmentMismatch("precision bf16 was asked for and this processor does not compute in it: use fp32")
+        raise EnvironmentMismatch("precision bf16 was requested but this processor does not compute in it: use fp32")
     if asked not in HINTS:
-        raise ValueError(f"OpenVINO computes in fp32 or bf16 on CPUs, and {asked} was asked for")
+        raise ValueError(f"OpenVINO computes in fp32 or bf16 on CPUs, and {asked} was requested")
     return asked

@@ -32,7 +32,7 @@ class PyTorchBackend:
         self.device = _device(device)
         self.precision = "fp32" if precision == "auto" else precision
         if self.precision == "fp16" and self.device == "cpu":
-            raise ValueError("PyTorch on a CPU computes in fp32 or bf16, and fp16 was asked for")
+            raise ValueError("PyTorch on a CPU computes in fp32 or bf16, and fp16 was requested")
         if threads:
             torch.set_num_threads(threads)
         self._model = load_model(path).to(self.device)
@@ -58,5 +58,5 @@ def _device(asked: str) -> str:
     if asked.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(asked.partition(":")[2]) >= count:
-            raise EnvironmentMismatch(f"device {asked} was asked for and PyTorch sees {count} GPUs: use --device cpu")
+            raise EnvironmentMismatch(f"device {asked} was requested but PyTorch sees {count} GPUs: use --device cpu")
     return asked

@@ -69,7 +69,7 @@ class TensorRtBackend:
         check_machine(path, info)
         if precision not in ("auto", info.precision_obtained):
             raise ValueError(
-                f"{path} is {info.precision_obtained} and {precision} was asked for: an engine computes in the "
+                f"{path} is {info.precision_obtained}, but {precision} was requested: an engine computes in the "
                 "precision that it was built in, so build another"
             )
         if device == "cpu":
@@ -114,7 +114,7 @@ class TensorRtBackend:
     def _wants_zero_copy(self, asked: bool | None) -> bool:
         wanted = os.environ.get("MISF_ZERO_COPY", "0") not in ("", "0") if asked is None else asked
         if wanted and not self._cuda.attribute("can_map_host_memory", self._index):
-            raise EnvironmentMismatch("zero copy was asked for and this GPU cannot map the CPU's memory")
+            raise EnvironmentMismatch("zero copy was requested but this GPU cannot map the CPU's memory")
         if wanted and not self._cuda.attribute("integrated", self._index):
             log.info("zero copy on a GPU with memory of its own: every access goes over the bus")
         return wanted
@@ -217,7 +217,7 @@ def _device(path: Path, device: str, cuda: CudaRuntime | None) -> tuple[CudaRunt
     except CudaError as error:
         raise EnvironmentMismatch(f"{path} needs an NVIDIA GPU, and none is usable. {error}") from error
     if index >= count:
-        raise EnvironmentMismatch(f"device cuda:{index} was asked for and there are {count} GPUs")
+        raise EnvironmentMismatch(f"device cuda:{index} was requested but there are {count} GPUs")
     return cuda, index
 
 
@@ -403,7 +403,7 @@ class _Run:
             return None
 
     def drop_graph(self) -> None:
-        """Give up the graph, for a new one at the next use. Nothing may be running."""
+        """Discard the graph; the next use records a new one. Nothing may be running."""
         graph, self._graph = self._graph, None
         if graph is not None:
             self._uses = 1

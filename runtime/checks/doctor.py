@@ -223,9 +223,9 @@ def gpus() -> list[str]:
 @command("misf-doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(as_json: bool) -> int:
-    """Say what this machine can do: versions, devices, and whether each backend computes the filter rightly.
+    """Print what this machine has (versions, devices) and whether each backend computes the filter correctly.
 
-    Exit code 1 when a backend that is installed fails or gives wrong numbers, or two ONNX Runtimes are installed.
+    Exit code 1 if an installed backend fails or gives wrong numbers, or if two ONNX Runtimes are installed.
 
     \b
     Example:

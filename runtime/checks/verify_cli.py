@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
     "sizes",
     type=HxW(with_batch=True),
     multiple=True,
-    help="A size to compare at; may be given several times.",
+    help="Size to compare at; may be repeated.",
 )
 @click.option(
     "--images",
@@ -48,12 +48,14 @@ log = logging.getLogger(__name__)
     type=click.Choice(BACKENDS),
     default="auto",
     show_default=True,
-    help="What runs the model.",
+    help="The library that runs the model.",
 )
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
 @click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
-@click.option("--min-psnr", type=float, help="Least PSNR in the hole, dB.  [default: fp16: 50, bf16: 45]")
-@click.option("--layers", is_flag=True, help="Compare every convolution and filter too: which layer is it?")
+@click.option("--min-psnr", type=float, help="Smallest PSNR allowed in the hole, dB.  [default: fp16: 50, bf16: 45]")
+@click.option(
+    "--layers", is_flag=True, help="Also compare every convolution and filter, to find the layer that is off."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     model: Path,
@@ -68,11 +70,11 @@ def main(
     layers: bool,
     as_json: bool,
 ) -> None:
-    """Compare MODEL with the PyTorch reference on photographs; exit 3 when it is not near enough.
+    """Compare MODEL with the PyTorch reference on photographs; exit code 3 if they differ too much.
 
-    Several sizes, one not square, one that must be padded, one a batch of two. --max-abs and --min-psnr change one
-    limit each and leave the other at its default. --layers adds a table of every convolution and filter at the size
-    that came out worst, for .onnx and, on a GPU, for .plan files.
+    The sizes include one that is not square, one that must be padded, and a batch of two. --max-abs and --min-psnr
+    change one limit each and leave the other at its default. --layers adds a table of every convolution and filter at
+    the size with the largest difference, for .onnx files and, on a GPU, for .plan files.
 
     \b
     Examples:

@@ -29,7 +29,7 @@ OLDEST, BEYOND = (10, 3), (12, 0)
 
 KEPT_ERRORS = 20
 
-# Said for every node of our function body that the parser imports a second time; means nothing.
+# Logged for every node of our function body that the parser imports a second time; harmless.
 _NOISE = re.compile(r"A node named .* already exists")
 
 

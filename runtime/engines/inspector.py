@@ -53,14 +53,14 @@ def inspected_types(information: str) -> dict[str, int]:
 
 
 def inspected_proof(asked: str, information: str, name: str) -> str:
-    """Return what proves the precision that was asked for: "engine", or "network" where the inspector cannot tell.
+    """Return what proves the precision that was requested: "engine", or "network" where the inspector cannot tell.
 
     Raises AccuracyError when it is fp16 and the engine `name`, all of whose types are known, has none.
     """
     types = inspected_types(information)
     log.debug("tensors, weights and kernels of %s: %s", name, types)
     if asked == "fp16" and types and not types.keys() & {"fp16", "unknown"}:
-        raise AccuracyError(f"fp16 was asked for and no layer of {name} runs in it (inspector: {types})")
+        raise AccuracyError(f"fp16 was requested but no layer of {name} runs in it (inspector: {types})")
     return "engine" if asked in types else "network"
 
 

@@ -1,7 +1,7 @@
 """How TensorRT for RTX wants to be run. It compiles its kernels in the process that runs an engine, for each shape.
 
 A new shape starts on general kernels while better ones are compiled beside. A CUDA graph of ours would keep the general
-ones for ever, so it captures by itself; misf-build asks for engines that can be captured (REQUIRE_USER_ALLOCATION).
+ones, so it captures by itself; misf-build asks for engines that can be captured (REQUIRE_USER_ALLOCATION).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 from .geometry import Box, Mask, Size
 from .settings import ABOUT, CropSettings
 
-BLOCK = 8  # holes are told apart on a grid of 8x8 blocks: 64 times fewer cells than pixels
+BLOCK = 8  # holes are separated on a grid of 8x8 blocks: 64 times fewer cells than pixels
 THIN = 0.4  # a long hole no thicker than this share of the working size is walked at native resolution
 LEAST_MARGIN = 32
 

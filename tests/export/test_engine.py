@@ -120,7 +120,7 @@ def test_a_precision_that_does_not_come_out(tiny_onnx: Path, fp16: Any, tmp_path
     for source, asked, came in ((tiny_onnx, "fp16", "fp32"), (fp16.onnx, "fp32", "fp16")):
         result = build(source, "-o", target, "--precision", asked, *SMALL)
         assert (result.exit_code, result.stdout) == (3, "")
-        assert f"{asked} was asked for and {came} came out" in result.stderr
+        assert f"{asked} was requested but {came} came out" in result.stderr
         assert f"misf-export --precision {asked}" in result.stderr
     assert target.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [target]
@@ -432,7 +432,7 @@ def test_inspector() -> None:
         text = json.dumps(INSPECTED[name])
         assert inspected_types(text) == {"fp16": 2, "fp32": 1}
         assert inspected_proof("fp16", text, "x.plan") == "engine"
-        with pytest.raises(AccuracyError, match="fp16 was asked for and no layer"):
+        with pytest.raises(AccuracyError, match="fp16 was requested but no layer"):
             inspected_proof("fp16", re.sub("(?i)fp16|half", "fp32", text), "x.plan")
     text = json.dumps(INSPECTED["names only"])
     assert (inspected_types(text), inspected_layers(text)) == ({}, {})

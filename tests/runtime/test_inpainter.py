@@ -322,7 +322,7 @@ def test_onnx_runtime_reads_the_files_metadata(model: Path, rng: np.random.Gener
     known = 1 - mask
     mean = (image * known).sum((2, 3), keepdims=True) / known.sum((2, 3), keepdims=True)
     np.testing.assert_allclose(backend(image, mask), np.where(mask > 0.5, mean, image), atol=1e-6)
-    with pytest.raises(ValueError, match="is fp32 and fp16 was asked for"):
+    with pytest.raises(ValueError, match="is fp32, but fp16 was requested"):
         open_backend(model, "onnxruntime", precision="fp16")
 
 
@@ -336,7 +336,7 @@ def test_openvino_agrees_with_onnx_runtime_at_any_size(model: Path, monkeypatch:
         image = rng.random((shape[0], 3, *shape[1:]), dtype=np.float32)
         mask = (rng.random((shape[0], 1, *shape[1:])) < 0.4).astype(np.float32)
         np.testing.assert_allclose(backend(image, mask), referee(image, mask), atol=1e-5)
-    with pytest.raises(EnvironmentMismatch, match="cuda:0 was asked for and OpenVINO runs on CPUs"):
+    with pytest.raises(EnvironmentMismatch, match="cuda:0 was requested but OpenVINO runs on CPUs"):
         open_backend(model, "openvino", "cuda")
     assert open_vino._precision("auto", ["FP32", "BF16"]) == "bf16"
     assert open_vino._precision("auto", ["FP32"]) == "fp32"
@@ -472,13 +472,13 @@ def test_a_precision_that_one_backend_has_decides_what_auto_takes(
     half = {"misf.config": "{}", "misf.precision": "fp16"}
     opened = open_backend(mean_fill(tmp_path / "half.onnx", metadata=half), precision="fp16")
     assert (opened.name, opened.precision) == ("onnxruntime", "fp16")
-    with pytest.raises(ValueError, match=r"is fp32 and fp16 was asked for: .* so export it with --precision fp16"):
+    with pytest.raises(ValueError, match=r"is fp32, but fp16 was requested: .* so export it with --precision fp16"):
         open_backend(model, precision="fp16")
-    with pytest.raises(ValueError, match=r"is fp32 and bf16 was asked for: .* so use precision auto, or OpenVINO"):
+    with pytest.raises(ValueError, match=r"is fp32, but bf16 was requested: .* so use precision auto, or OpenVINO"):
         open_backend(model, "onnxruntime", precision="bf16")
     choose = open_vino._precision
     monkeypatch.setattr(open_vino, "_precision", lambda asked, _found: choose(asked, ["FP32"]))
-    with pytest.raises(EnvironmentMismatch, match="bf16 was asked for and this processor does not compute in it"):
+    with pytest.raises(EnvironmentMismatch, match="bf16 was requested but this processor does not compute in it"):
         open_backend(model, precision="bf16")
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -496,10 +496,10 @@ def test_onnx_runtime_prints_nothing_when_a_provider_fails(model: Path, capfd: p
 
 def test_a_gpu_that_is_asked_for_and_absent_is_an_error(model: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(onnx_runtime.onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EnvironmentMismatch, match="device cuda:1 was asked for and this ONNX Runtime has no CUDA"):
+    with pytest.raises(EnvironmentMismatch, match="device cuda:1 was requested but this ONNX Runtime has no CUDA"):
         open_backend(model, device="cuda:1")
     monkeypatch.setenv("MISF_DEVICE", "cuda")
-    with pytest.raises(EnvironmentMismatch, match="device cuda:0 was asked for"):
+    with pytest.raises(EnvironmentMismatch, match="device cuda:0 was requested"):
         open_backend(model)
     assert open_backend(model, device="cpu").device == "cpu"  # what is asked for wins over the environment
 
@@ -514,7 +514,7 @@ def test_a_cuda_provider_that_does_not_start_is_an_error_only_if_asked_for(
     monkeypatch.setattr(onnx_runtime.onnxruntime, "preload_dlls", lambda: None)
     # What ONNX Runtime does without a driver: it says nothing that we could catch, and the session is on the CPU.
     monkeypatch.setattr(onnx_runtime, "_session", on_the_cpu)
-    with pytest.raises(EnvironmentMismatch, match="device cuda:0 was asked for and is not usable"):
+    with pytest.raises(EnvironmentMismatch, match="device cuda:0 was requested but is not usable"):
         open_backend(model, device="cuda")
     with caplog.at_level(logging.WARNING, "misf"):
         assert open_backend(model).device == "cpu"

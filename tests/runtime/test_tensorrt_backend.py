@@ -442,9 +442,9 @@ def test_one_clear_line(gpu: FakeCudart, tiny_plan: Path, tmp_path: Path, name: 
 def test_devices_and_precision_that_do_not_fit(gpu: FakeCudart, tiny_plan: Path, tiny_onnx: Path) -> None:
     with pytest.raises(EnvironmentMismatch, match="NVIDIA GPUs only"):
         open_backend(tiny_plan, device="cpu")
-    with pytest.raises(EnvironmentMismatch, match="cuda:1 was asked for and there are 1 GPUs"):
+    with pytest.raises(EnvironmentMismatch, match="cuda:1 was requested but there are 1 GPUs"):
         open_backend(tiny_plan, device="cuda:1")
-    with pytest.raises(ValueError, match="is fp32 and fp16 was asked for"):
+    with pytest.raises(ValueError, match="is fp32, but fp16 was requested"):
         open_backend(tiny_plan, precision="fp16")
     with pytest.raises(ValueError, match="which openvino cannot run"):
         open_backend(tiny_plan, backend="openvino")

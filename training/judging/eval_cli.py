@@ -32,34 +32,52 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "checkpoints",
     multiple=True,
     type=ModelFile(weights=True),
-    help="Weights to measure; may be repeated.",
+    help="Checkpoint to measure; may be repeated.",
 )
 @click.option(
     "--model", "models", multiple=True, type=ModelFile(), help="Model file to measure (.onnx, ...); may be repeated."
 )
 @official_option
-@click.option("--peers", is_flag=True, help="Measure OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic too.")
+@click.option(
+    "--peers", is_flag=True, help="Also measure OpenCV's Telea and Navier-Stokes and scikit-image's biharmonic."
+)
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
-@click.option("--invert-mask", is_flag=True, help="Mask files are black where the hole is.")
+@click.option("--invert-mask", is_flag=True, help="Black marks the hole in mask files, instead of white.")
 @click.option(
-    "--mask-threshold", type=click.IntRange(0, 254), default=127, show_default=True, help="Grey above it: hole."
+    "--mask-threshold",
+    type=click.IntRange(0, 254),
+    default=127,
+    show_default=True,
+    help="Mask values above this are holes.",
 )
 @click.option("--size", type=click.IntRange(min=32), default=256, show_default=True, help="Side of the centre crop.")
 @click.option(
-    "--resize", is_flag=True, help="Shrink the whole middle square to --size, as the official evaluation does."
+    "--resize",
+    is_flag=True,
+    help="Shrink the whole middle square to --size, as the official evaluation does, instead of cropping.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random masks.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the random masks.")
 @click.option(
-    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread over the data.  [default: all]"
+    "--per-band",
+    type=click.IntRange(min=1),
+    help="Number of pictures to measure, spread over the data.  [default: all]",
 )
 @click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
 @click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the model files."
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="The library that runs the model files.",
 )
 @click.option("--device", envvar="MISF_DEVICE", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="What to compute in."
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="auto",
+    show_default=True,
+    help="Precision of the computation.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document, with every picture's numbers, on stdout."
@@ -84,8 +102,8 @@ def main(
 ) -> int:
     """Measure how well models fill holes: each picture's centre crop, once per mask band (0-20, 20-40, 40-60 %).
 
-    The masks depend on --seed alone, so that all models and all runs see the same. Known pixels are the picture's own.
-    Exit code 5: some pictures could not be read and were left out.
+    The masks depend on --seed alone, so all models and all runs see the same ones. Pixels outside the hole are the
+    picture's own. Exit code 5: some pictures could not be read and were left out.
 
     \b
     Example:

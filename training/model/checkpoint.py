@@ -154,7 +154,7 @@ def _own_config(path: Path, saved: object) -> NetworkConfig:
 
 
 def _iteration(value: object) -> int:
-    """Return the training steps that a file claims, 0 where it says something else than a number."""
+    """Return the number of training steps that a file gives, or 0 if it is not a number."""
     if isinstance(value, str) and value.isdecimal() and len(value) < 16:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0

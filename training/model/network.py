@@ -75,8 +75,8 @@ class ResidualBlock(nn.Module):
 
 
 LEAK = 0.2
-"""Slope below 0 of what stands for ReLU in networks with a detail head, whose layers fell silent with ReLU: the first
-thing that training learns about a smooth fill is that noise on it is bad."""
+"""Negative slope of the leaky ReLUs in networks with a detail head. With ReLU their layers died: the first thing that
+training learns about a smooth fill is that noise on it is bad."""
 
 
 def _rectified(x: Tensor, slope: float) -> Tensor:
@@ -242,7 +242,7 @@ class InpaintingNetwork(nn.Module):
 
 
 def _doubling(channels: int, config: NetworkConfig) -> nn.Module:
-    """Return what makes N,C/2,2H,2W of N,C,H,W; in front of a detail head without a transposed convolution's grid."""
+    """Return a layer from N,C,H,W to N,C/2,2H,2W; before a detail head, not one that can paint a grid."""
     if not config.detail:
         return nn.ConvTranspose2d(channels, channels // 2, 4, 2, padding=1)
     return nn.Sequential(
@@ -271,7 +271,7 @@ class Detail(nn.Module):
     """
 
     NOISE = 128
-    """The plane repeats itself after so many pixels."""
+    """Period of the noise plane, pixels."""
 
     noise: Tensor
 
@@ -308,7 +308,7 @@ class Detail(nn.Module):
 
 
 def _noise(side: int) -> Tensor:
-    """Return a plane 1,1,side,side within -1 and 1, the same everywhere and for ever: a hash of each pixel's number."""
+    """Return a plane 1,1,side,side of values from -1 to 1, the same on every machine: a hash of each pixel's index."""
     x = torch.arange(1, side * side + 1, dtype=torch.int64, device="cpu")  # not meta, whatever the network is on
     for shift, factor in ((16, 0x45D9F3B), (15, 0x45D9F3B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF

@@ -158,7 +158,7 @@ def load_library(registry: Any, path: str | os.PathLike[str], tensorrt_version: 
 
 
 def installed_libraries() -> Iterator[LibraryInfo]:
-    """Yield what is installed, both kinds, for every TensorRT major."""
+    """Yield the installed libraries, both kinds, for every TensorRT major version."""
     for major in MAJORS:
         for self_registering in (False, True):
             path = install_folder() / library_name(major, self_registering=self_registering)
