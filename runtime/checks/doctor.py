@@ -16,7 +16,7 @@ import click
 
 from ...plugins.shared.command import command, misf_version, one_line, print_json
 from ...plugins.shared.errors import FAILURE
-from ...plugins.shared.extras import is_installed
+from ...plugins.shared.extras import is_installed, pip_install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,7 +183,7 @@ def onnx_runtime_problem() -> str | None:
     names = " ".join(owners)
     return (
         f"{' and '.join(owners)} overwrite each other: pip uninstall {names}, "
-        "then pip install 'misf[cpu]' or 'misf[gpu]', not both"
+        f"then {pip_install('cpu')}, or the extra gpu, not both"
     )
 
 
@@ -268,7 +268,7 @@ def _print(
         click.echo(f"  FAILED: {conflict}")
     click.echo("\nThe dynamic filter against its definition")
     if not checks:
-        click.echo("  no backend is installed: pip install 'misf[cpu]', or 'misf[gpu]' where an NVIDIA GPU is")
+        click.echo(f"  no backend is installed: {pip_install('cpu')}, or the extra gpu for an NVIDIA GPU")
     for check in checks:
         verdict = f"ok, largest error {check.max_abs:.1e}" if check.ok else f"FAILED: {check.problem}"
         click.echo(f"  {check.backend:18} {verdict}")

@@ -13,7 +13,7 @@ from ...plugins.shared.errors import AccuracyError, MisfError
 from ...plugins.shared.extras import need
 from ...plugins.shared.shipped import ModelFile
 from ...training.model.options import config_option, official_option
-from ..backends.contract import BACKENDS
+from ..backends.contract import BACKENDS, PRECISIONS
 
 if TYPE_CHECKING:
     from ...training.model.checkpoint import Checkpoint
@@ -51,6 +51,9 @@ log = logging.getLogger(__name__)
     help="The library that runs the model.",
 )
 @click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: MISF_DEVICE, or auto]")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True, help="Precision to compute in."
+)
 @click.option("--max-abs", type=click.FloatRange(min=0), help="Largest difference allowed.  [default: fp32: 1e-4]")
 @click.option("--min-psnr", type=float, help="Smallest PSNR allowed in the hole, dB.  [default: fp16: 50, bf16: 45]")
 @click.option(
@@ -65,6 +68,7 @@ def main(
     images: Path | None,
     backend: str,
     device: str | None,
+    precision: str,
     max_abs: float | None,
     min_psnr: float | None,
     layers: bool,
@@ -88,7 +92,7 @@ def main(
 
     if layers:
         backend = _check_layers(model, backend)
-    inpaint = open_backend(model, backend=backend, device=device)
+    inpaint = open_backend(model, backend=backend, device=device, precision=precision)
     tolerance = accuracy.tolerance(inpaint.precision, inpaint.file_precision)
     if max_abs is not None or min_psnr is not None:
         tolerance = accuracy.Tolerance(

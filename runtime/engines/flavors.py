@@ -17,7 +17,7 @@ from typing import Any
 
 from ...plugins.dynamic_filter.tensorrt import library
 from ...plugins.shared.errors import EnvironmentMismatch
-from ...plugins.shared.extras import is_installed
+from ...plugins.shared.extras import is_installed, pip_install
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def load_flavor(name: str = "auto") -> Flavor:
         if not found:
             raise EnvironmentMismatch(
                 "neither TensorRT nor TensorRT for RTX is installed: "
-                "pip install 'misf[trt10]' or 'misf[rtx]' (JetPack brings TensorRT: docs/jetson.md)"
+                f"{pip_install('trt10')}, or the extra rtx (JetPack brings TensorRT: docs/jetson.md)"
             )
         name = found[0]
     try:
@@ -80,7 +80,7 @@ def load_flavor(name: str = "auto") -> Flavor:
         flavor = Flavor(name, module, str(module.__version__))
     except Exception as error:  # a missing shared library is an OSError, a missing module an ImportError, ...
         reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"does not start ({error})"
-        hint = "pip install 'misf[rtx]'" if name == "tensorrt-rtx" else "pip install 'misf[trt10]', or JetPack"
+        hint = pip_install("rtx") if name == "tensorrt-rtx" else f"{pip_install('trt10')}, or JetPack"
         raise EnvironmentMismatch(f"{TITLES[name]} {reason}: {hint}") from error
     numbers = tuple(int(part) for part in re.findall(r"\d+", flavor.version)[:2])
     if name == "tensorrt" and not OLDEST <= numbers < BEYOND:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+
+from misf.plugins.shared.extras import pip_install
 
 PROGRAM = """
 import os, sys
@@ -70,4 +74,30 @@ main(["--data", sys.argv[1], "--output", sys.argv[1] + "/run"])
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 4, done.stderr
-    assert done.stderr == "misf-train: misf-train needs torch, which is not installed: pip install 'misf[train]'\n"
+    assert re.fullmatch(
+        r"misf-train: misf-train needs torch, which is not installed: pip install .*\[train\]'\n", done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("recorded", "command"),
+    [
+        ('{"dir_info": {"editable": true}, "url": "file://%s"}', "pip install -e '%s[cpu]'"),
+        ('{"dir_info": {}, "url": "file://%s"}', "pip install '%s[cpu]'"),
+        ('{"dir_info": {}, "url": "file:///gone"}', "pip install 'misf[cpu]'"),
+        ('{"archive_info": {}, "url": "file://%s/misf.whl"}', "pip install 'misf[cpu]'"),
+        ("{", "pip install 'misf[cpu]'"),
+        (None, "pip install 'misf[cpu]'"),
+    ],
+)
+def test_an_extra_is_installed_from_where_misf_came(
+    recorded: str | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip records it (PEP 610); a folder whose name has a space is quoted in the URL."""
+    folder = tmp_path / "my misf"
+    folder.mkdir()
+    (folder / "pyproject.toml").touch()
+    text = recorded and recorded.replace("%s", quote(str(folder)))
+    monkeypatch.setattr(importlib.metadata.Distribution, "read_text", lambda *_: text)
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda *_: text)
+    assert pip_install("cpu") == command.replace("%s", str(folder))
