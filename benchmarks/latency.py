@@ -82,6 +82,9 @@ def backends(checkpoint: Path, onnx_file: Path) -> dict[str, Callable[[], Inpain
     from misf.runtime.backends import open_backend
     from misf.runtime.backends.contract import file_precision
 
+    def onnx_runtime() -> Inpaint:
+        return open_backend(onnx_file, backend="onnxruntime", device="cpu")
+
     metadata = {entry.key: entry.value for entry in onnx.load(onnx_file).metadata_props}
     found: dict[str, Callable[[], Inpaint]] = {
         BASELINE: lambda: torch_eager(checkpoint, official=True),
