@@ -36,7 +36,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
 """Options of a run that --resume takes up, unless they are given anew."""
-ANY_TIME = ("output", "resume", "device", "workers", "stop_after", *PACE)
+ANY_TIME = ("output", "resume", "auto_resume", "device", "workers", "stop_after", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
@@ -50,6 +50,9 @@ STARTED = time.monotonic()
     "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the run's files."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings.")
+@click.option(
+    "--auto-resume", is_flag=True, help="Continue the run in --output if there is one: for launchers that restart."
+)
 @click.option("--data", type=EXISTING, help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
 @click.option("--invert-mask", is_flag=True, help="Black marks the hole in mask files, instead of white.")
@@ -146,7 +149,7 @@ STARTED = time.monotonic()
     show_default=True,
     help="Steps between picture grids in TensorBoard.",
 )
-def main(output: Path, resume: bool, **options: Any) -> None:
+def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
     """Train a network. The run can be killed at any moment and resumed exactly.
 
     OUTPUT gets state.pt (for --resume), ema.safetensors (for misf-export and misf-eval), best.safetensors (with --val),
@@ -165,6 +168,8 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     folder = RunFolder(output)
     if resume:
         _refuse_changes()
+    resume = resume or (auto_resume and folder.exists)  # on every process before rank 0 can have written anything
+    if resume:
         settings = folder.read_settings()
         needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
