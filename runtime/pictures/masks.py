@@ -125,7 +125,8 @@ def grown_mask(mask: Mask, pixels: int) -> Mask:
 
 def feathered(mask: Mask, pixels: int) -> NDArray[np.float32]:
     """Return float32 H,W: 1 in the hole, falling linearly to 0 at a distance of `pixels` + 1, in a straight line."""
-    return np.clip(1 - _distance(mask, pixels + 1) / np.float32(pixels + 1), 0, 1)
+    weights: NDArray[np.float32] = np.clip(1 - _distance(mask, pixels + 1) / np.float32(pixels + 1), 0, 1)
+    return weights
 
 
 def _distance(mask: Mask, reach: int) -> NDArray[np.float32]:
