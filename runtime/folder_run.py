@@ -161,8 +161,11 @@ def _exists(job: Job) -> dict[str, Any]:
 
 def _write_line(lines: IO[str] | None, record: dict[str, Any]) -> None:
     if lines:
-        lines.write(json.dumps(record) + "\n")
-        lines.flush()
+        try:
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+        except OSError as error:
+            raise OSError(f"cannot write the report {lines.name}: {error.strerror}") from error
 
 
 def _tell(job: Job, record: dict[str, Any], print_path: bool) -> None:

@@ -39,7 +39,9 @@ _subject: ContextVar[str] = ContextVar("subject", default="")
 
 def one_line(error: BaseException) -> str:
     """Return an exception's message as one line: 'FILE: reason' for an OSError, never empty, cut where it rambles."""
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, FileNotFoundError) and error.strerror and not error.filename:
+        text = "the working folder no longer exists: change to another"  # what os.getcwd raises
+    elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, MemoryError):
         text = str(error) or "out of memory"
