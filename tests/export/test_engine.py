@@ -587,7 +587,7 @@ def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -
     assert tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, "another object")) is logger
 
 
-def test_an_engine_is_tuned_for_the_networks_working_size_unless_asked_otherwise(tmp_path: Path) -> None:
+def test_an_engine_is_tuned_for_the_networks_working_size_within_its_limits() -> None:
     from misf.export.engine.builder import _tuned
     from misf.runtime.engines.side_car import Limits
 
