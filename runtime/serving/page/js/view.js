@@ -43,19 +43,26 @@ export class View {
     this.draw();
   }
 
+  /** Left, top, width and height of where the whole picture is shown: above the zoom buttons. */
+  get room() {
+    const { clientWidth, clientHeight } = this.canvas;
+    const edge = clientWidth < 500 ? 12 : 24;
+    return [edge, edge, Math.max(1, clientWidth - 2 * edge), Math.max(1, clientHeight - edge - 56)];
+  }
+
   get fittingScale() {
-    const { picture } = this.scene;
-    const room = this.canvas.clientWidth < 500 ? 12 : 28;
-    const sides = [(this.canvas.clientWidth - 2 * room) / picture.width, (this.canvas.clientHeight - 2 * room) / picture.height];
-    return Math.min(...sides.map((side) => Math.max(side, 0.001)), 8);
+    const { width, height } = this.scene.picture;
+    const [, , across, down] = this.room;
+    return Math.min(across / width, down / height, 8);
   }
 
   fit() {
     const { picture } = this.scene;
     if (!picture) return;
     this.scale = this.fittingScale;
-    this.x = (this.canvas.clientWidth - picture.width * this.scale) / 2;
-    this.y = (this.canvas.clientHeight - picture.height * this.scale) / 2;
+    const [left, top, across, down] = this.room;
+    this.x = left + (across - picture.width * this.scale) / 2;
+    this.y = top + (down - picture.height * this.scale) / 2;
     this.fitted = true;
     this.request();
   }
