@@ -77,13 +77,22 @@ def torch_eager(checkpoint: Path, official: bool = False, channels_last: bool = 
 
 def backends(checkpoint: Path, onnx_file: Path) -> dict[str, Callable[[], Inpaint]]:
     """Return a loader for every way of running the network that this machine has."""
-    from misf.runtime.backends import open_backend
+    import onnx
 
+    from misf.runtime.backends import open_backend
+    from misf.runtime.backends.contract import file_precision
+
+    def onnx_runtime() -> Inpaint:
+        return open_backend(onnx_file, backend="onnxruntime", device="cpu")
+
+    metadata = {entry.key: entry.value for entry in onnx.load(onnx_file).metadata_props}
     found: dict[str, Callable[[], Inpaint]] = {
         BASELINE: lambda: torch_eager(checkpoint, official=True),
         "PyTorch eager": lambda: torch_eager(checkpoint),
         "PyTorch eager, channels-last": lambda: torch_eager(checkpoint, channels_last=True),
-        "ONNX Runtime fp32": lambda: open_backend(onnx_file, backend="onnxruntime", device="cpu"),
+        f"ONNX Runtime {file_precision(onnx_file, metadata)}": lambda: open_backend(
+            onnx_file, backend="onnxruntime", device="cpu"
+        ),
     }
     with contextlib.suppress(ImportError):
         import openvino

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 import logging
 import os
 import struct
@@ -440,6 +441,15 @@ def test_auto_takes_what_is_installed_and_says_so(
     checkpoint.write_bytes(b"x")
     with pytest.raises(EnvironmentMismatch, match=r"needs torch, which is not installed: pip install .*\[export\]'"):
         open_backend(checkpoint)
+
+
+@pytest.mark.parametrize(("config", "name"), [({"fill_first": True}, "onnxruntime"), ({}, "openvino")])
+def test_auto_takes_onnx_runtime_for_networks_like_misf_small(
+    config: dict[str, bool], name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    path = mean_fill(tmp_path / "x.onnx", metadata={"misf.config": json.dumps(config), "misf.precision": "fp32"})
+    assert open_backend(path, device="cpu").name == name
 
 
 def test_without_onnx_runtime_the_error_names_both_extras(model: Path, monkeypatch: Any) -> None:
