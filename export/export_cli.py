@@ -1,4 +1,4 @@
-"""misf-export: a checkpoint becomes an ONNX file, or an engine."""
+"""misf-export: a checkpoint becomes an ONNX file, an engine, or a page that fills pictures in the browser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 @command("misf-export")
 @click.option(
     "--checkpoint",
-    required=True,
     type=ModelFile(weights=True),
     help="Weights: .safetensors, .pt or .pth, the authors' files included; or the name misf-small.",
 )
@@ -69,6 +68,20 @@ log = logging.getLogger(__name__)
     help="Write the dynamic filter as standard nodes, for readers without support for ONNX functions, such as "
     "OpenVINO's. Not for engines.",
 )
+@click.option(
+    "--web",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write a web page that fills pictures in the visitor's browser, for any file server: docs/browser.md.",
+)
+@click.option(
+    "--onnx", type=ModelFile(), help="For --web: an ONNX file, or the name misf-small, in place of --checkpoint."
+)
+@click.option(
+    "--onnxruntime-web",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="For --web: the unpacked npm package onnxruntime-web.  [default: fetched with npm]",
+)
 @engine_options
 @click.option("--force", is_flag=True, help="Replace existing files, not only those named by -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -76,7 +89,7 @@ log = logging.getLogger(__name__)
 def main(
     ctx: click.Context,
     /,
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: NetworkConfig | None,
     precision: str | None,
     fp16: bool,
@@ -84,6 +97,9 @@ def main(
     calibration: Path | None,
     range_limit: float,
     inline_functions: bool,
+    web: Path | None,
+    onnx: Path | None,
+    onnxruntime_web: Path | None,
     force: bool,
     as_json: bool,
     **engine: Any,
@@ -100,9 +116,23 @@ def main(
     Example:
         misf-export --checkpoint best.pt --fp16
         misf-export --checkpoint best.pt --fp16 -o best.plan
+        misf-export --checkpoint best.pt --web site
     """
     if fp16 and precision == "fp32":
         raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
+    if web is None and (onnx or onnxruntime_web):
+        raise click.UsageError("--onnx and --onnxruntime-web are for --web FOLDER")
+    if (checkpoint is None) == (onnx is None):
+        raise click.UsageError("give --checkpoint FILE, or for --web also --onnx FILE: one of them")
+    if web is not None:
+        if flags := [*given(ctx), *(["--output"] if output else [])]:
+            raise click.UsageError(f"{', '.join(flags)}: not for --web, which writes a folder")
+        if onnx and (fp16 or precision or config):
+            raise click.UsageError("--onnx is a file as it is: --precision, --fp16 and --config are for --checkpoint")
+        chosen = "fp16" if fp16 else precision or "fp16"
+        _web(web, force, as_json, onnxruntime_web, onnx, checkpoint, config, chosen, calibration, range_limit)
+        return
+    assert checkpoint is not None
     precision = "fp16" if fp16 else precision or "fp32"
     if output is None:
         folder = Path() if checkpoint == shipped_checkpoint(checkpoint.stem) else checkpoint.parent
@@ -168,6 +198,42 @@ def _export(
     photographs = load_photographs(calibration) if calibration else None
     loaded = load_checkpoint(checkpoint, config=config)
     return export_onnx(loaded, output, precision, photographs, range_limit, inline)
+
+
+def _web(
+    folder: Path,
+    force: bool,
+    as_json: bool,
+    package: Path | None,
+    onnx: Path | None,
+    checkpoint: Path | None,
+    *how: Any,
+) -> None:
+    """Write the page with the network of an ONNX file or, exported as `how` says, of a checkpoint."""
+    need_onnx_runtime("misf-export --web")
+    from .web import write_web
+
+    def network(scratch: Path) -> Path:
+        if onnx:
+            return onnx
+        assert checkpoint is not None
+        config, precision, calibration, range_limit = how
+        return _export(checkpoint, config, scratch / "network.onnx", precision, calibration, range_limit).path
+
+    report = write_web(folder, network, package, force)
+    if as_json:
+        print_json(
+            {
+                "web": str(report.folder),
+                "network": report.network,
+                "bytes": report.bytes,
+                "gzip_bytes": report.gzip_bytes,
+            }
+        )
+        return
+    log.info("%.1f MB, of which a visitor loads %.1f MB with gzip", report.bytes / 1e6, report.gzip_bytes / 1e6)
+    log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
+    click.echo(str(report.folder))
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:
