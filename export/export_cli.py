@@ -130,7 +130,15 @@ def main(
         if onnx and (fp16 or precision or config):
             raise click.UsageError("--onnx is a file as it is: --precision, --fp16 and --config are for --checkpoint")
         chosen = "fp16" if fp16 else precision or "fp16"
-        _web(web, force, as_json, onnxruntime_web, onnx, checkpoint, config, chosen, calibration, range_limit)
+        _web(
+            web,
+            force,
+            as_json,
+            onnxruntime_web,
+            lambda scratch: (
+                onnx or _export(checkpoint, config, scratch / "network.onnx", chosen, calibration, range_limit).path
+            ),
+        )
         return
     assert checkpoint is not None
     precision = "fp16" if fp16 else precision or "fp32"
@@ -181,7 +189,7 @@ def main(
 
 
 def _export(
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: NetworkConfig | None,
     output: Path,
     precision: str,
@@ -189,6 +197,7 @@ def _export(
     range_limit: float,
     inline: bool = False,
 ) -> ExportReport:
+    assert checkpoint is not None
     need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
     need_onnx_runtime("misf-export")
     from ..runtime.checks.accuracy import load_photographs
@@ -200,25 +209,9 @@ def _export(
     return export_onnx(loaded, output, precision, photographs, range_limit, inline)
 
 
-def _web(
-    folder: Path,
-    force: bool,
-    as_json: bool,
-    package: Path | None,
-    onnx: Path | None,
-    checkpoint: Path | None,
-    *how: Any,
-) -> None:
-    """Write the page with the network of an ONNX file or, exported as `how` says, of a checkpoint."""
+def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network: Callable[[Path], Path]) -> None:
     need_onnx_runtime("misf-export --web")
     from .web import write_web
-
-    def network(scratch: Path) -> Path:
-        if onnx:
-            return onnx
-        assert checkpoint is not None
-        config, precision, calibration, range_limit = how
-        return _export(checkpoint, config, scratch / "network.onnx", precision, calibration, range_limit).path
 
     report = write_web(folder, network, package, force)
     if as_json:

@@ -48,7 +48,7 @@ def check_folder(folder: Path, force: bool) -> None:
         raise OSError(f"cannot write {folder}: it is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise MisfError(
-            f"{folder} is not empty: name a new folder, or give --force to replace the page's files in it and keep others"
+            f"{folder} is not empty: name a new folder, or give --force to replace the page's files in it; others stay"
         )
 
 
@@ -147,17 +147,17 @@ def _runtime_files(package: Path) -> dict[str, Path]:
     import onnxruntime
 
     # The npm package has no file of its licence; the Python package of the same project has, and its notices too.
+    python = Path(onnxruntime.__file__).parent
     licences = {
-        "LICENSE": Path(onnxruntime.__file__).parent,
-        "ThirdPartyNotices.txt": Path(onnxruntime.__file__).parent,
+        file: (package if (package / file).is_file() else python) / file
+        for file in ("LICENSE", "ThirdPartyNotices.txt")
     }
-    found = {file: package / file if (package / file).is_file() else place / file for file, place in licences.items()}
     # Many file servers do not know .mjs and would not let a browser run it.
-    return {"ort.js": package / SCRIPT, "ort.wasm": package / WASM, **found}
+    return {"ort.js": package / SCRIPT, "ort.wasm": package / WASM, **licences}
 
 
 def _fetch_package(scratch: Path) -> Path:
-    """Return the pinned npm package, unpacked; EnvironmentMismatch where npm is missing or cannot reach its registry."""
+    """Return the pinned npm package, unpacked; EnvironmentMismatch where npm is missing or reaches no registry."""
     npm = shutil.which("npm")
     if npm is None:
         raise EnvironmentMismatch(f"misf-export --web needs npm, which is not there: install Node.js, {ELSEWHERE}")
@@ -165,19 +165,16 @@ def _fetch_package(scratch: Path) -> Path:
     command = [npm, "pack", "--json", "--fetch-retries=1", f"{PACKAGE}@{VERSION}"]
     try:
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
-        answer = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         raise EnvironmentMismatch(
             f"npm did not answer within {NPM_SECONDS} s: are you online? Try again, {ELSEWHERE}"
         ) from None
-    except ValueError:
-        done.returncode = done.returncode or 1
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if line.startswith("npm error")), "no reason given")
+        said = next((line for line in done.stderr.splitlines() if line.startswith("npm error")), "it gave no reason")
         raise EnvironmentMismatch(
             f"npm cannot fetch {PACKAGE} {VERSION} ({said}): are you online? Try again, {ELSEWHERE}"
         )
-    [packed] = answer
+    [packed] = json.loads(done.stdout)
     if packed["integrity"] != INTEGRITY:
         raise MisfError(f"npm's {PACKAGE} {VERSION} is not the one this misf was tested with: {packed['integrity']}")
     with tarfile.open(scratch / packed["filename"]) as archive:

@@ -1,7 +1,7 @@
 // The page: what is open, what was done, and what the controls do. A state is a picture and the shapes painted on it;
 // states are never changed, so undo and redo only go back and forth.
 
-import { fillInBrowser } from "./browser.js";
+import { fillInBrowser, load } from "./browser.js";
 import { listen } from "./gestures.js";
 import { keepDecoded, openPicture } from "./picture.js";
 import { fillOnServer } from "./server.js";
@@ -33,6 +33,7 @@ async function open(blob, name) {
     brush.size = Math.max(SMALLEST, Math.round(Math.min(picture.width, picture.height) * 0.07));
     refresh();
     say(`${name} is open.`);
+    if (inBrowser()) load(page.network).catch(() => {}); // the fill loads it again, and says what is wrong
     view.canvas.focus({ preventScroll: true });
   });
 }

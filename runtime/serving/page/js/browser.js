@@ -1,14 +1,15 @@
 // Fills in this browser: starts the worker that holds the network, gives it pixels and takes its fills.
 
 let worker, loaded;
+let report = () => {}; // what is told how the loading goes
 
-/** Load the network, once; say(text, share) is called on the way. */
-function load(network, say) {
+/** Load the network, once, ahead of the first fill. */
+export function load(network) {
   loaded ??= new Promise((resolve, reject) => {
     worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
     worker.onerror = (event) => fail(new Error(event.message || "The network cannot be started in this browser."), reject);
     worker.onmessage = ({ data }) => {
-      if (data.type === "loading") say(`Loading the network, ${megabytes(data.bytes)} of ${megabytes(data.total)}`, data.bytes / data.total);
+      if (data.type === "loading") report(data.bytes, data.total);
       else if (data.type === "loaded") resolve(data);
       else if (data.type === "error") fail(new Error(data.message), reject);
     };
@@ -32,8 +33,10 @@ function fail(error, reject) {
  * each patch as the worker sends it, with its colours as floats.
  */
 export async function fillInBrowser({ network, picture, mask, strategy, grow, signal, say, show, exact = null }) {
-  await load(network, say);
-  say("Filling", 0);
+  report = (bytes, total) => say(`Loading the network, ${megabytes(bytes)} of ${megabytes(total)}`, bytes / total);
+  say("Starting the network");
+  await load(network);
+  say("Filling");
   return new Promise((resolve, reject) => {
     let filled = picture;
     let pending = Promise.resolve(); // patches are put in place one after the other, before the next crop is read
