@@ -153,6 +153,7 @@ function compare(on) {
 
 function askToken() {
   const dialog = at("token");
+  dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "use" ? at("secret").value : null), { once: true });
@@ -238,6 +239,7 @@ at("clear").addEventListener("click", () => enter({ ...state(), shapes: [] }));
 at("zoom-in").addEventListener("click", () => view.zoom(1.5));
 at("zoom-out").addEventListener("click", () => view.zoom(1 / 1.5));
 at("zoom-fit").addEventListener("click", () => view.fit());
+at("no-token").addEventListener("click", () => at("token").close());
 at("help").addEventListener("click", () => at("keys").showModal());
 at("error").querySelector("button").addEventListener("click", () => (at("error").hidden = true));
 at("size").addEventListener("input", () => {

@@ -2,7 +2,7 @@
 
 const KINDS = [
   ["image/jpeg", "JPEG", "jpg", (b) => b[0] === 0xff && b[1] === 0xd8],
-  ["image/png", "PNG", "png", (b, text) => text.startsWith("\x89PNG")],
+  ["image/png", "PNG", "png", (b, text) => b[0] === 0x89 && text.slice(1, 4) === "PNG"],
   ["image/webp", "WebP", "webp", (b, text) => text.startsWith("RIFF") && text.slice(8, 12) === "WEBP"],
   ["image/avif", "AVIF", "avif", (b, text) => /^....ftyp(avif|avis)/s.test(text)],
   ["image/heic", "HEIC", "heic", (b, text) => /^....ftyp(hei|hev|mif1|msf1)/s.test(text)],
