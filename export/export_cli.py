@@ -20,6 +20,7 @@ from ..runtime.backends.contract import ENGINES
 from ..training.model.options import config_option, official_option
 from .engine.build_cli import finish
 from .engine.options import engine_options, given, parse_engine_options
+from .triton import BACKENDS as TRITON_BACKENDS
 
 if TYPE_CHECKING:
     from ..training.model.config import NetworkConfig
@@ -82,6 +83,18 @@ log = logging.getLogger(__name__)
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="For --web: the unpacked npm package onnxruntime-web.  [default: fetched with npm]",
 )
+@click.option(
+    "--triton",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write a model repository for NVIDIA Triton into this folder.",
+)
+@click.option(
+    "--triton-backend",
+    type=click.Choice(TRITON_BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Triton's backend for the network: auto goes by the file; python is misf's own runtime.",
+)
 @engine_options
 @click.option("--force", is_flag=True, help="Replace existing files, not only those named by -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -100,6 +113,8 @@ def main(
     web: Path | None,
     onnx: Path | None,
     onnxruntime_web: Path | None,
+    triton: Path | None,
+    triton_backend: str,
     force: bool,
     as_json: bool,
     **engine: Any,
@@ -123,10 +138,11 @@ def main(
     if web is None and (onnx or onnxruntime_web):
         raise click.UsageError("--onnx and --onnxruntime-web are for --web FOLDER")
     if (checkpoint is None) == (onnx is None):
-        raise click.UsageError("give --checkpoint FILE, or for --web also --onnx FILE: one of them")
+        raise click.UsageError("give --checkpoint, or with --web either --checkpoint or --onnx")
     if web is not None:
-        if flags := [*given(ctx), *(["--output"] if output else [])]:
-            raise click.UsageError(f"{', '.join(flags)}: not for --web, which writes a folder")
+        others = {"--output": output, "--triton": triton, "--inline-functions": inline_functions}
+        if flags := [*given(ctx), *(flag for flag, value in others.items() if value)]:
+            raise click.UsageError(f"{', '.join(flags)}: not with --web, which writes a folder of its own")
         if onnx and (fp16 or precision or config):
             raise click.UsageError("--onnx is a file as it is: --precision, --fp16 and --config are for --checkpoint")
         chosen = "fp16" if fp16 else precision or "fp16"
@@ -158,6 +174,8 @@ def main(
         from .engine.builder import build_engine
 
         finish(build_engine(onnx_file, output, options), as_json)
+        if triton:
+            _triton(triton, output, triton_backend)
         return
     elif output.suffix.lower() != ".onnx":
         known = ", ".join((".onnx", *ENGINES))
@@ -167,6 +185,8 @@ def main(
     if output.resolve() == checkpoint.resolve():
         raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
     report = _export(checkpoint, config, output, precision, calibration, range_limit, inline_functions)
+    if triton:
+        _triton(triton, output, triton_backend)
     if as_json:
         print_json(
             {
@@ -186,6 +206,13 @@ def main(
     Console().print(results_table(report.results, f"{report.path.name} ({precision}) against PyTorch float32"))
     log.info("run it: misf-run %s image.png mask.png", report.path)
     click.echo(str(report.path))
+
+
+def _triton(folder: Path, model: Path, backend: str) -> None:
+    from .triton import write_repository
+
+    write_repository(folder, model, backend)
+    log.info("start it: tritonserver --model-repository=%s", folder.resolve())
 
 
 def _export(

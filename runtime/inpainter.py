@@ -57,7 +57,8 @@ class Inpainter:
     each other).
 
     Args:
-        model: an .onnx file, an engine, a checkpoint, or "misf-small", the network that comes with misf.
+        model: an .onnx file, an engine, a checkpoint, or "misf-small", the network that comes with misf; or a
+            `Backend`, which is what those become.
         backend, device, precision, threads: see `open_backend`.
         strategy: "crop" runs the model around each hole, "resize" on the whole picture reduced to the working size,
             "original" on the whole picture as it is; "auto" is original for a picture of about the working size or
@@ -74,7 +75,7 @@ class Inpainter:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] | Backend,
         *,
         backend: str = "auto",
         device: str | None = None,
@@ -85,7 +86,9 @@ class Inpainter:
         threads: int | None = None,
     ):
         self.settings = CropSettings(strategy, working_size or CropSettings.working_size, margin)
-        self.backend: Backend = open_backend(model, backend, device, precision, threads)
+        self.backend: Backend = (
+            open_backend(model, backend, device, precision, threads) if isinstance(model, str | os.PathLike) else model
+        )
         if working_size is None:
             self.settings = replace(self.settings, working_size=network_working_size(self.backend.config))
         self._limits = self.backend.limits
