@@ -247,7 +247,10 @@ at("size").addEventListener("input", () => {
   at("size-value").textContent = `${brush.size} px`;
 });
 for (const id of ["grow", "feather"]) {
-  at(id).addEventListener("input", () => (at(`${id}-value`).textContent = `${at(id).value} px`));
+  at(id).addEventListener("input", () => {
+    at(`${id}-value`).textContent = `${at(id).value} px`;
+    view.show({ grow: Number(at("grow").value) });
+  });
 }
 for (const input of document.querySelectorAll("[name=where]")) input.addEventListener("change", refresh);
 at("share").addEventListener("input", () => {

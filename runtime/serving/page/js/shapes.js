@@ -5,8 +5,8 @@ import { grid } from "./grid.js";
 
 const BAND = 1024; // rows that are drawn at a time: no canvas of a large picture's size is needed
 
-/** Draw shapes on a context that is empty or holds shapes. */
-export function drawShapes(context, shapes, colour = "#fff") {
+/** Draw shapes on an empty context; grown by some pixels to show about what growing the mask will do. */
+export function drawShapes(context, shapes, colour = "#fff", grow = 0) {
   context.lineCap = context.lineJoin = "round";
   context.fillStyle = context.strokeStyle = colour;
   for (const shape of shapes) {
@@ -15,13 +15,12 @@ export function drawShapes(context, shapes, colour = "#fff") {
     const { points } = shape;
     context.moveTo(points[0], points[1]);
     for (let at = 2; at < points.length; at += 2) context.lineTo(points[at], points[at + 1]);
-    if (shape.kind === "area") {
-      context.fill("evenodd");
-    } else {
-      if (points.length === 2) context.lineTo(points[0], points[1]);
-      context.lineWidth = shape.size;
-      context.stroke();
-    }
+    if (shape.kind === "area") context.fill("evenodd");
+    else if (points.length === 2) context.lineTo(points[0], points[1]);
+    const width = (shape.size ?? 0) + (shape.erase ? -2 : 2) * grow;
+    if (width <= 0) continue;
+    context.lineWidth = width;
+    context.stroke();
   }
   context.globalCompositeOperation = "source-over";
 }

@@ -6,7 +6,7 @@ const MOST = 32; // screen pixels per pixel of the picture
 const HOLE = getComputedStyle(document.documentElement).getPropertyValue("--hole");
 
 export class View {
-  scene = { picture: null, before: null, shapes: [], live: null, cursor: null, share: null };
+  scene = { picture: null, before: null, shapes: [], grow: 0, live: null, cursor: null, share: null };
   scale = 1;
   x = 0; // of the picture's corner, in CSS pixels
   y = 0;
@@ -101,13 +101,12 @@ export class View {
   }
 
   draw() {
-    const { context, layer, canvas, ratio } = this;
-    const { picture, before, shapes, live, cursor, share } = this.scene;
+    const { context, canvas, ratio } = this;
+    const { picture, before, shapes, grow, live, cursor, share } = this.scene;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (!picture) return;
-    const place = (target) => target.setTransform(ratio * this.scale, 0, 0, ratio * this.scale, ratio * this.x, ratio * this.y);
-    place(context);
+    this.place(context);
     context.imageSmoothingEnabled = this.scale * ratio < 4;
     context.imageSmoothingQuality = "high";
     if (share === null) {
@@ -118,24 +117,35 @@ export class View {
       return;
     }
     const painted = live ? [...shapes, live] : shapes;
-    if (painted.length) {
-      layer.setTransform(1, 0, 0, 1, 0, 0);
-      layer.clearRect(0, 0, canvas.width, canvas.height);
-      place(layer);
-      layer.save();
-      layer.beginPath();
-      layer.rect(0, 0, picture.width, picture.height);
-      layer.clip();
-      drawShapes(layer, painted, HOLE);
-      layer.restore();
-      context.setTransform(1, 0, 0, 1, 0, 0);
-      context.globalAlpha = 0.55;
-      context.drawImage(layer.canvas, 0, 0);
-      context.globalAlpha = 1;
-      place(context);
-    }
+    if (painted.length && grow) this.drawMask(painted, 0.3, grow);
+    if (painted.length) this.drawMask(painted, grow ? 0.4 : 0.55);
     if (live?.kind === "area") this.outline(live.points);
     if (cursor) this.ring(cursor);
+  }
+
+  /** Lay the mask over the picture, see-through. */
+  drawMask(shapes, alpha, grow = 0) {
+    const { context, layer } = this;
+    layer.setTransform(1, 0, 0, 1, 0, 0);
+    layer.clearRect(0, 0, layer.canvas.width, layer.canvas.height);
+    this.place(layer);
+    layer.save();
+    layer.beginPath();
+    layer.rect(0, 0, this.scene.picture.width, this.scene.picture.height);
+    layer.clip();
+    drawShapes(layer, shapes, HOLE, grow);
+    layer.restore();
+    context.save();
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.globalAlpha = alpha;
+    context.drawImage(layer.canvas, 0, 0);
+    context.restore();
+  }
+
+  /** Let a context draw in the picture's pixels. */
+  place(target) {
+    const { ratio, scale, x, y } = this;
+    target.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
   }
 
   /** Draw the part of a picture that lies between two columns of the screen. */
@@ -146,7 +156,7 @@ export class View {
     context.beginPath();
     context.rect(from, 0, to - from, this.canvas.height);
     context.clip();
-    context.setTransform(this.ratio * this.scale, 0, 0, this.ratio * this.scale, this.ratio * this.x, this.ratio * this.y);
+    this.place(context);
     picture.draw(context, this.ratio * this.scale);
     context.restore();
   }
