@@ -247,11 +247,11 @@ def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network
                 "web": str(report.folder),
                 "network": report.network,
                 "bytes": report.bytes,
-                "gzip_bytes": report.gzip_bytes,
+                "visit_bytes": report.visit_bytes,
             }
         )
         return
-    log.info("%.1f MB, of which a visitor loads %.1f MB with gzip", report.bytes / 1e6, report.gzip_bytes / 1e6)
+    log.info("a visitor loads %.1f MB, once", report.visit_bytes / 1e6)
     log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
     click.echo(str(report.folder))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def test_a_folder_has_the_page_the_network_and_what_runs_it(tmp_path: Path, pack
     result = export("--onnx", "misf-small", "--web", site, "--onnxruntime-web", package, "--json")
     assert result.exit_code == 0, result.output
     assert (site / "network.onnx").read_bytes() == shipped_model("misf-small").read_bytes()
-    assert (site / "ort/ort.wasm").read_bytes() == (package / WASM).read_bytes()
+    assert gzip.decompress((site / "ort/ort.wasm.gz").read_bytes()) == (package / WASM).read_bytes()
     assert "Permission is hereby granted" in (site / "ort/LICENSE").read_text()
     assert (site / "ort/ThirdPartyNotices.txt").stat().st_size > 1000
     page = json.loads((site / "page.json").read_text())

@@ -48,7 +48,11 @@ async function fetched(url, count) {
     parts.push(part.value);
     length += part.value.length;
   }
-  return new Uint8Array(await new Blob(parts).arrayBuffer());
+  const packed = parts[0]?.[0] === 0x1f && parts[0][1] === 0x8b; // gzip, unless the host has said so and it is undone
+  const { readable, writable } = packed ? new DecompressionStream("gzip") : new TransformStream();
+  const done = new Response(readable).arrayBuffer();
+  await new Blob(parts).stream().pipeTo(writable);
+  return new Uint8Array(await done);
 }
 
 async function fill({ mask, settings, grow, exact }) {
