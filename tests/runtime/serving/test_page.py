@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -161,6 +162,18 @@ def downloaded(page: Any) -> tuple[str, bytes]:
     with page.expect_download() as coming:
         page.click("#download")
     return coming.value.suggested_filename, Path(coming.value.path()).read_bytes()
+
+
+def isolated(page: Any) -> None:
+    """Wait until the service worker has come and the page has loaded again, with threads for WebAssembly."""
+    for _ in range(100):
+        with contextlib.suppress(playwright.Error):  # in between two pages
+            if page.evaluate("crossOriginIsolated"):
+                break
+        page.wait_for_timeout(100)
+    else:
+        pytest.fail("the page has no threads")
+    page.wait_for_selector("#samples img")
 
 
 def pixels(data: bytes) -> NDArray[np.uint8]:
@@ -404,9 +417,7 @@ def test_a_static_folder_fills_in_the_browser(web_folders: dict[str, Path], open
     size, data = (400, 640), photograph((400, 640))
     with served(web_folders["fp16"]) as site:
         page = opened(site.url)
-        page.wait_for_timeout(1500)  # the service worker comes, and the page loads again
-        page.wait_for_selector("#samples img")
-        assert page.evaluate("crossOriginIsolated")
+        isolated(page)
         assert "stays on this device" in page.inner_text("#note")
         give(page, "cup.png", data)
         stroke(page, size, (0.2, 0.3), (0.35, 0.4))
@@ -434,7 +445,7 @@ def test_a_jpeg_filled_in_the_browser_stays_a_jpeg_and_the_page_says_what_is_los
     data = photograph((200, 320), format="JPEG", quality=90, exif=exif)
     with served(web_folders["fp16"]) as site:
         page = opened(site.url)
-        page.wait_for_timeout(1500)
+        isolated(page)
         give(page, "cup.jpg", data)
         assert "EXIF" in page.inner_text("#note")
         stroke(page, (200, 320), (0.5, 0.2), (0.6, 0.3))
@@ -500,7 +511,7 @@ def test_the_browser_computes_what_python_computes(
     reference = Inpainter(web_folders[precision] / "network.onnx", backend="onnxruntime")
     with served(web_folders[precision]) as site:
         page = opened(site.url)
-        page.wait_for_timeout(1500)
+        isolated(page)
         for height, width, runs in ((256, 256, 3), (512, 512, 3), (2000, 3000, 2)):
             boxes = [(height // 3, width // 4, height // 2, width // 2)]
             if height == 2000:
@@ -524,13 +535,18 @@ def test_pictures_of_the_page_for_the_documents(site: Site, opened: Open, tmp_pa
     folder = ROOT / "docs" if os.environ.get("MISF_SCREENSHOTS") else tmp_path
     for scheme in ("light", "dark"):
         page = opened(site.url, color_scheme=scheme, viewport={"width": 1120, "height": 700})
-        page.locator("#samples button").first.click()
-        page.wait_for_selector("#about:has-text('astronaut')")
-        stroke(page, (512, 512), (0.78, 0.16), (0.83, 0.5), (0.88, 0.3))
+        page.locator("#samples button").nth(3).click()
+        page.wait_for_selector("#about:has-text('rocket')")
+        size, towers = (
+            (427, 640),
+            [[(200, 122), (199, 200), (192, 300), (188, 360)], [(447, 122), (452, 210), (459, 380)]],
+        )
+        page.fill("#size", "58")
+        for tower in towers:
+            stroke(page, size, *((x / size[1], y / size[0]) for x, y in tower))
         if scheme == "dark":
             filled(page)
             page.click("#compare")
-            page.fill("#share", "680")
         page.mouse.move(5, 400)
         page.wait_for_timeout(300)
         path = folder / f"page-{scheme}.jpg"

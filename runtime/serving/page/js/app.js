@@ -190,7 +190,8 @@ function refresh() {
 }
 
 function note(picture) {
-  if (!inBrowser()) return `The picture is sent to ${location.host} to be filled.`;
+  const here = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+  if (!inBrowser()) return `The picture is filled by ${here ? "the server on this computer" : location.host}.`;
   const lost = picture?.source.carries ?? [];
   return `The picture stays on this device.${lost.length ? ` The download will not have ${listed(lost)}.` : ""}`;
 }
