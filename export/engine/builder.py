@@ -113,7 +113,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
         gpu=machine.gpu,
         compute_capability=machine.compute_capability,
         precision_asked=asked,
-        precision_obtained=asked,  # or there would be no engine
+        precision_obtained=asked,  # otherwise there would be no engine
         precision_proof=proof,
         convolutions=obtained,
         limits=options.limits,
@@ -137,7 +137,7 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an ONNX file")
     try:
         model = onnx.load(path)
-    except Exception as error:  # protobuf's own, which is not ours to import
+    except Exception as error:  # protobuf's own exceptions, which we do not import
         raise ValueError(f"{path} is not an ONNX file, or a damaged one: {one_line(error)}") from error
     inputs = {
         value.name: [side.dim_value or side.dim_param for side in value.type.tensor_type.shape.dim]
@@ -148,7 +148,7 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
 
 
 def _machine(flavor: Flavor, device: int) -> _Machine:
-    """Return the GPU that the engine will be bound to, now this thread's.
+    """Make the target GPU this thread's and return it.
 
     RTX engines are for all RTX GPUs, and are built without one.
     """
@@ -161,7 +161,7 @@ def _machine(flavor: Flavor, device: int) -> _Machine:
         raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
     if device >= count:
         raise EnvironmentMismatch(f"cuda:{device} was requested but there are {count} GPUs")
-    cuda.set_device(device)  # before anything of TensorRT's is made, which stays with the GPU of that time
+    cuda.set_device(device)  # before any TensorRT object is made: each stays on the GPU current at that time
     return _Machine(gpu_name(device), cuda.compute_capability(device))
 
 
@@ -201,7 +201,7 @@ def _build(
 
         def build() -> Any:
             if machine.gpu:
-                CudaRuntime().set_device(options.device)  # is each thread's own
+                CudaRuntime().set_device(options.device)  # is per thread
             return builder.build_serialized_network(network, config)
 
         plan = cancellable(build, monitor.cancelled)
@@ -221,17 +221,21 @@ def _config(flavor: Flavor, builder: Any, options: EngineOptions) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * (1 << 30)))
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # for RTX: or its work cannot be captured as a CUDA graph
+    if hasattr(
+        trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
+    ):  # RTX: without it, the work cannot be captured as a CUDA graph
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # or every shape takes the largest's memory
+    if hasattr(
+        trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"
+    ):  # otherwise every shape takes the memory of the largest
         config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     return config
 
 
 @contextlib.contextmanager
 def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: _Machine) -> Iterator[None]:
-    """Give the builder what it measured in earlier builds, and keep what it measures in this one."""
-    if not flavor.has_plugins:  # for RTX: it measures nothing when it builds
+    """Read the builder's timing cache before the build and write it back after."""
+    if not flavor.has_plugins:  # TensorRT for RTX measures nothing at build time
         if options.timing_cache:
             log.info("%s keeps no timing cache: %s is not used", flavor.title, options.timing_cache)
         yield
@@ -245,7 +249,7 @@ def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: 
         config.set_timing_cache(config.create_timing_cache(b""), False)
     try:
         yield
-    finally:  # a build that was cancelled measured for minutes too
+    finally:  # a cancelled build may have measured for minutes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as temporary:
@@ -279,7 +283,7 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
 
 
 def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
-    """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
+    """Load a plan, which proves that it loads, and return the engine inspector's report."""
     logger = logger_of(flavor)
     runtime = flavor.module.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)
@@ -292,7 +296,7 @@ def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
 def other_tools(
     flavor: Flavor, source: Path, precision: str, plan: Path, limits: Limits, plugin: Path | None
 ) -> dict[str, str]:
-    """Return the commands of other tools, with the same plugin library.
+    """Return commands for other tools, with the same plugin library.
 
     trtexec and Triton run the plan; Polygraphy builds `source` again and compares it with ONNX Runtime.
     """
