@@ -14,7 +14,8 @@ async function answer(request) {
   const cache = await caches.open(CACHE);
   let found;
   try {
-    found = await fetch(request);
+    // Asked anew each time, lest files of two versions meet; a page itself cannot be asked for with options but by its URL.
+    found = await fetch(request.mode === "navigate" ? request.url : request, { cache: "no-cache" });
     if (found.status === 200) cache.put(request, found.clone()).catch(() => {}); // no room: then not without a network
   } catch (error) {
     found = await cache.match(request);

@@ -437,6 +437,44 @@ def test_a_static_folder_fills_in_the_browser(web_folders: dict[str, Path], open
     assert not changed[~near].any()
 
 
+def test_the_page_works_again_without_a_network(web_folders: dict[str, Path], opened: Open) -> None:
+    with served(web_folders["fp16"]) as site:
+        page = opened(site.url, expected="ERR_CONNECTION_REFUSED")
+        isolated(page)
+        give(page, "cup.png", photograph((99, 99)))
+        stroke(page, (99, 99), (0.4, 0.4), (0.5, 0.4))
+        filled(page)
+        downloaded(page)  # or the page would ask before it is left
+    page.reload()
+    page.locator("#samples button").first.click()
+    page.wait_for_selector("#about:has-text('astronaut')")
+    stroke(page, (512, 512), (0.4, 0.4), (0.5, 0.4))
+    filled(page)
+
+
+def test_transparency_stays_when_filled_in_the_browser(web_folders: dict[str, Path], opened: Open) -> None:
+    """Clear and opaque pixels, inside the hole and outside; a canvas rounds what is half transparent."""
+    size, buffer = (120, 160), io.BytesIO()
+    image = Image.open(io.BytesIO(photograph(size))).convert("RGBA")
+    alpha = np.full(size, 255, np.uint8)
+    alpha[:, 80:] = 0
+    image.putalpha(Image.fromarray(alpha))
+    image.save(buffer, "PNG")
+    with served(web_folders["fp16"]) as site:
+        page = opened(site.url)
+        isolated(page)
+        give(page, "cut-out.png", buffer.getvalue())
+        stroke(page, size, (0.3, 0.5), (0.6, 0.5))
+        filled(page)
+        _, result = downloaded(page)
+    found, given = np.asarray(Image.open(io.BytesIO(result))), np.asarray(image)
+    np.testing.assert_array_equal(found[..., 3], alpha)
+    changed = (found != given)[:, :80, :3].any(axis=-1)
+    assert changed[60, 60]
+    assert not changed[:45].any()
+    assert not changed[75:].any()
+
+
 def test_a_jpeg_filled_in_the_browser_stays_a_jpeg_and_the_page_says_what_is_lost(
     web_folders: dict[str, Path], opened: Open
 ) -> None:

@@ -13,7 +13,7 @@ const SMALLEST = 2; // brush, in pixels of the picture
 
 const at = (id) => document.getElementById(id);
 const view = new View(at("canvas"));
-const brush = { tool: "brush", size: 40 };
+const brush = { tool: "brush", size: 40, frozen: false };
 const states = []; // {picture, shapes, original}
 let now = -1;
 let busy = null; // the AbortController of what is going on
@@ -175,6 +175,7 @@ function refresh() {
   at("download").disabled = Boolean(busy) || !current;
   at("tools").disabled = at("size").disabled = !current;
   at("clear").disabled = Boolean(busy) || !shapes?.length;
+  brush.frozen = Boolean(busy);
   at("fill").disabled = !busy && !shapes?.length;
   at("fill").textContent = busy ? "Cancel" : "Fill";
   at("feather").disabled = inBrowser();
@@ -246,7 +247,11 @@ at("error").querySelector("button").addEventListener("click", () => (at("error")
 at("size").addEventListener("input", () => {
   brush.size = sizeOf(Number(at("size").value));
   at("size-value").textContent = `${brush.size} px`;
+  const { left, top, width, height } = at("stage").getBoundingClientRect();
+  const [x, y] = view.toPicture(left + width / 2, top + height / 2);
+  view.show({ cursor: { x, y, size: brush.size } }); // where there is no mouse, nothing else shows the size
 });
+at("size").addEventListener("change", () => view.show({ cursor: null }));
 for (const id of ["grow", "feather"]) {
   at(id).addEventListener("input", () => {
     at(`${id}-value`).textContent = `${at(id).value} px`;

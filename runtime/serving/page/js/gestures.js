@@ -3,7 +3,7 @@
 const STEP = 8; // of an arrow key, in screen pixels; eight times as far with Shift
 
 /**
- * brush: {tool, size}, read at each stroke. painted(shape): a shape is done. sized(factor): the brush was made larger or
+ * brush: {tool, size, frozen}, read at each stroke. painted(shape): a shape is done. sized(factor): the brush was made larger or
  * smaller. said(text): for screen readers. Return {cancel()}.
  */
 export function listen(stage, view, { brush, painted, sized, said }) {
@@ -16,7 +16,8 @@ export function listen(stage, view, { brush, painted, sized, said }) {
   let cursor = null; // of the keys, in the picture
 
   canvas.addEventListener("pointerdown", (event) => {
-    if (!view.scene.picture || event.button > 1) return;
+    const eraser = event.pointerType === "pen" && event.button === 5; // the other end of the pen
+    if (!view.scene.picture || (event.button > 1 && !eraser)) return;
     canvas.setPointerCapture(event.pointerId);
     pointers.set(event.pointerId, [event.clientX, event.clientY]);
     cursor = null;
@@ -26,7 +27,7 @@ export function listen(stage, view, { brush, painted, sized, said }) {
       pinch = spread();
     } else if (pointers.size === 1) {
       panning = event.button === 1 || space || brush.tool === "hand";
-      if (!panning) begin(view.toPicture(event.clientX, event.clientY), event.shiftKey);
+      if (!panning) begin(view.toPicture(event.clientX, event.clientY), event.shiftKey || eraser);
     }
     if (event.button === 1) event.preventDefault();
     look();
@@ -118,6 +119,7 @@ export function listen(stage, view, { brush, painted, sized, said }) {
   });
 
   function begin([x, y], shift) {
+    if (brush.frozen) return;
     const erase = brush.tool === "eraser" || shift;
     const stroke = brush.tool === "brush" || brush.tool === "eraser";
     live = stroke ? { kind: "stroke", erase, size: brush.size, points: [x, y] } : { kind: "area", erase, points: [x, y] };

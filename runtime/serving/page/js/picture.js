@@ -109,11 +109,14 @@ export class Picture {
   /** The file: as it came where nothing was filled in this browser, else encoded here, as PNG where it must be. */
   async file() {
     if (!this.patches.length) return { blob: this.source.blob, kind: this.kind, extension: this.source.extension };
-    const canvas = new OffscreenCanvas(this.width, this.height);
-    const context = canvas.getContext("2d");
-    if (!context) throw new Error(`This browser cannot write a picture of ${this.width} × ${this.height} pixels.`);
-    this.draw(context);
-    const blob = await canvas.convertToBlob({ type: this.source.type, quality: 0.95 });
+    let blob;
+    try {
+      const canvas = new OffscreenCanvas(this.width, this.height);
+      this.draw(canvas.getContext("2d"));
+      blob = await canvas.convertToBlob({ type: this.source.type, quality: 0.95 });
+    } catch {
+      throw new Error(`This browser cannot write a picture of ${this.width} × ${this.height} pixels. Try another browser.`);
+    }
     const [, kind, extension] = KINDS.find(([type]) => type === blob.type);
     return { blob, kind, extension };
   }
