@@ -7,14 +7,15 @@ self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener("fetch", (event) => {
   const { request } = event;
-  if (request.method === "GET" && new URL(request.url).origin === self.location.origin) event.respondWith(answer(request));
+  if (request.method === "GET" && new URL(request.url).origin === self.location.origin)
+    event.respondWith(answer(request));
 });
 
 async function answer(request) {
   const cache = await caches.open(CACHE);
   let found;
   try {
-    // Asked anew each time, lest files of two versions meet; a page itself cannot be asked for with options but by its URL.
+    // Asked anew each time, lest files of two versions meet. A page takes no options, but its URL does.
     found = await fetch(request.mode === "navigate" ? request.url : request, { cache: "no-cache" });
     if (found.status === 200) cache.put(request, found.clone()).catch(() => {}); // no room: then not without a network
   } catch (error) {

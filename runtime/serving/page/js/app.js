@@ -49,7 +49,8 @@ async function show() {
   const { picture, original, shapes } = state();
   if (view.scene.share !== null && picture === original) compare(false);
   await keepDecoded([picture, original]);
-  const resized = view.scene.picture && (view.scene.picture.width !== picture.width || view.scene.picture.height !== picture.height);
+  const resized =
+    view.scene.picture && (view.scene.picture.width !== picture.width || view.scene.picture.height !== picture.height);
   at("start").hidden = true;
   view.canvas.hidden = at("zoom").hidden = false;
   view.show({ picture, before: original, shapes });
@@ -76,10 +77,24 @@ async function fill() {
   await work("Filling", async (signal) => {
     const mask = maskOf(shapes, picture.width, picture.height);
     if (!mask.data.includes(1)) throw new Error("Nothing is painted inside the picture. Paint over what is to go.");
-    const options = { picture, mask, signal, strategy: at("strategy").value, grow: Number(at("grow").value), feather: Number(at("feather").value) };
+    const options = {
+      picture,
+      mask,
+      signal,
+      strategy: at("strategy").value,
+      grow: Number(at("grow").value),
+      feather: Number(at("feather").value),
+    };
     const started = performance.now();
     const filled = inBrowser()
-      ? (await fillInBrowser({ ...options, network: page.network, say: progress, show: (picture) => view.show({ picture }) })).picture
+      ? (
+          await fillInBrowser({
+            ...options,
+            network: page.network,
+            say: progress,
+            show: (picture) => view.show({ picture }),
+          })
+        ).picture
       : await openPicture(await fillOnServer({ ...options, say: progress, askToken }), picture.name);
     await enter({ picture: filled, shapes: [], original });
     say(`Filled in ${((performance.now() - started) / 1000).toFixed(1)} s.`);
@@ -156,7 +171,9 @@ function askToken() {
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "use" ? at("secret").value : null), { once: true });
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "use" ? at("secret").value : null), {
+      once: true,
+    });
   });
 }
 
@@ -225,7 +242,8 @@ function choose(tool) {
   hand.look();
 }
 
-for (const input of document.querySelectorAll("[name=tool]")) input.addEventListener("change", () => choose(input.value));
+for (const input of document.querySelectorAll("[name=tool]"))
+  input.addEventListener("change", () => choose(input.value));
 for (const id of ["open", "choose"]) at(id).addEventListener("click", () => at("file").click());
 at("file").addEventListener("change", () => {
   const [file] = at("file").files;
@@ -243,7 +261,9 @@ at("zoom-out").addEventListener("click", () => view.zoom(1 / 1.5));
 at("zoom-fit").addEventListener("click", () => view.fit());
 at("no-token").addEventListener("click", () => at("token").close());
 at("help").addEventListener("click", () => at("keys").showModal());
-at("error").querySelector("button").addEventListener("click", () => (at("error").hidden = true));
+at("error")
+  .querySelector("button")
+  .addEventListener("click", () => (at("error").hidden = true));
 at("size").addEventListener("input", () => {
   brush.size = sizeOf(Number(at("size").value));
   at("size-value").textContent = `${brush.size} px`;
@@ -361,7 +381,7 @@ at("where").hidden = !(page.server && page.network);
 refresh();
 if (page.network && "serviceWorker" in navigator) isolate();
 
-/** WebAssembly has threads only on pages with certain headers; where the host does not send them a service worker does. */
+/** WebAssembly has threads only on pages with certain headers; a service worker adds them where the host does not. */
 async function isolate() {
   await navigator.serviceWorker.register("service-worker.js");
   await navigator.serviceWorker.ready;

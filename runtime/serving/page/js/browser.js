@@ -7,7 +7,8 @@ let report = () => {}; // what is told how the loading goes
 export function load(network) {
   loaded ??= new Promise((resolve, reject) => {
     worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-    worker.onerror = (event) => fail(new Error(event.message || "The network cannot be started in this browser."), reject);
+    worker.onerror = (event) =>
+      fail(new Error(event.message || "The network cannot be started in this browser."), reject);
     worker.onmessage = ({ data }) => {
       if (data.type === "loading") report(data.bytes, data.total);
       else if (data.type === "loaded") resolve(data);
@@ -54,7 +55,8 @@ export async function fillInBrowser({ network, picture, mask, strategy, grow, si
         filled = await filled.patched(patch.box, pixels);
         show(filled);
       },
-      progress: ({ done, crops }) => say(crops > 1 ? `Filling, ${done} of ${crops} parts` : "Filling", crops > 1 ? done / crops : null),
+      progress: ({ done, crops }) =>
+        say(crops > 1 ? `Filling, ${done} of ${crops} parts` : "Filling", crops > 1 ? done / crops : null),
       error: ({ message }) => fail(new Error(message), reject),
       done: ({ crops, seconds }) => resolve({ picture: filled, crops, seconds }),
     };

@@ -64,8 +64,18 @@ function piecesOf(mask, workingSize, margin) {
   return pieces;
 }
 
-const and = (a, b) => grid(a.width, a.height, a.data.map((value, at) => value & b.data[at]));
-const without = (a, b) => grid(a.width, a.height, a.data.map((value, at) => value & (b.data[at] ^ 1)));
+const and = (a, b) =>
+  grid(
+    a.width,
+    a.height,
+    a.data.map((value, at) => value & b.data[at]),
+  );
+const without = (a, b) =>
+  grid(
+    a.width,
+    a.height,
+    a.data.map((value, at) => value & (b.data[at] ^ 1)),
+  );
 
 /** The connected parts of a grid, corners included, in the order of their first cells: top, left, and each part. */
 function connected({ data, width, height }) {
@@ -119,7 +129,11 @@ function widePart(blocks, solid, workingSize) {
   }
   if (!thick.data.includes(1)) return thick;
   const outwards = squaredDistances(thick, 1);
-  const wide = grid(width, height, blocks.data.map((value, at) => value & (Math.sqrt(outwards[at]) <= 2 * radius)));
+  const wide = grid(
+    width,
+    height,
+    blocks.data.map((value, at) => value & (Math.sqrt(outwards[at]) <= 2 * radius)),
+  );
   for (const { top, left, part } of connected(without(blocks, wide))) {
     if (Math.max(part.width, part.height) * BLOCK <= Math.floor(workingSize / 2)) setBlocks(wide, top, left, part);
   }
@@ -155,7 +169,10 @@ function merge(pieces, workingSize) {
     cells.get(name).members.push(piece);
   }
   const inOrder = [...cells.values()].sort((a, b) => a.row - b.row || a.column - b.column);
-  return mergeGreedily(inOrder.flatMap(({ members }) => mergeGreedily(members, workingSize)), workingSize);
+  return mergeGreedily(
+    inOrder.flatMap(({ members }) => mergeGreedily(members, workingSize)),
+    workingSize,
+  );
 }
 
 const cellName = (row, column) => `${row},${column}`;

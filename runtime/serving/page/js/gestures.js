@@ -3,8 +3,8 @@
 const STEP = 8; // of an arrow key, in screen pixels; eight times as far with Shift
 
 /**
- * brush: {tool, size, frozen}, read at each stroke. painted(shape): a shape is done. sized(factor): the brush was made larger or
- * smaller. said(text): for screen readers. Return {cancel()}.
+ * brush: {tool, size, frozen}, read at each stroke. painted(shape): a shape is done. sized(factor): the brush was made
+ * larger or smaller. said(text): for screen readers. Return {cancel(), look()}; look() is for when the tool changed.
  */
 export function listen(stage, view, { brush, painted, sized, said }) {
   const { canvas } = view;
@@ -95,8 +95,8 @@ export function listen(stage, view, { brush, painted, sized, said }) {
       event.preventDefault();
       cursor ??= [picture.width / 2, picture.height / 2];
       const place = cursor.map(Math.round).join(", ");
-      if (live) said(`Lifted at ${place}.`), end();
-      else said(`Down at ${place}.`), begin(cursor, event.shiftKey);
+      if (live) (said(`Lifted at ${place}.`), end());
+      else (said(`Down at ${place}.`), begin(cursor, event.shiftKey));
       ring(cursor);
     }
   });
@@ -122,7 +122,9 @@ export function listen(stage, view, { brush, painted, sized, said }) {
     if (brush.frozen) return;
     const erase = brush.tool === "eraser" || shift;
     const stroke = brush.tool === "brush" || brush.tool === "eraser";
-    live = stroke ? { kind: "stroke", erase, size: brush.size, points: [x, y] } : { kind: "area", erase, points: [x, y] };
+    live = stroke
+      ? { kind: "stroke", erase, size: brush.size, points: [x, y] }
+      : { kind: "area", erase, points: [x, y] };
     view.show({ live });
   }
 

@@ -1,4 +1,4 @@
-// Grids of bytes, 1 where something is: masks (one cell per pixel) and blocks of them. {data: Uint8Array, width, height}
+// Grids of bytes, 1 where something is: masks, a cell per pixel, and blocks of them. {data: Uint8Array, width, height}
 
 export function grid(width, height, data = new Uint8Array(width * height)) {
   return { data, width, height };

@@ -21,7 +21,8 @@ export async function fillHoles({ mask, settings, read, run, paste, progress }) 
     const image = asFloats(resize(withoutAlpha(await read(crop.box)), 3, native, crop.size));
     const hole = reducedMask(waiting, crop, native);
     const fill = await run(image, hole, ...crop.size);
-    if (!fill.every(Number.isFinite)) throw new Error("The network returned numbers that are no colours. Export it in fp32.");
+    if (!fill.every(Number.isFinite))
+      throw new Error("The network returned numbers that are no colours. Export it in fp32.");
     const exact = fullResolution(fill, crop, native);
     await paste(crop.core, asBytes(exact), crop.hole, exact);
     for (let y = 0, at = 0; y < crop.hole.height; y++) {

@@ -25,7 +25,9 @@ class Source {
     this.base = await createImageBitmap(this.blob);
     const side = Math.max(this.base.width, this.base.height);
     if (side > PREVIEW) {
-      const [resizeWidth, resizeHeight] = [this.base.width, this.base.height].map((x) => Math.round((x * PREVIEW) / side));
+      const [resizeWidth, resizeHeight] = [this.base.width, this.base.height].map((x) =>
+        Math.round((x * PREVIEW) / side),
+      );
       this.preview = await createImageBitmap(this.base, { resizeWidth, resizeHeight, resizeQuality: "high" });
     }
     DECODED.add(this);
@@ -81,7 +83,12 @@ export class Picture {
   /** The same picture with a part of it replaced: pixels is RGBA of the box. */
   async patched({ left, top, right, bottom }, pixels) {
     const data = new ImageData(pixels, right - left, bottom - top);
-    const patch = { left, top, bitmap: await createImageBitmap(data), clear: pixels.some((v, at) => at % 4 === 3 && v < 255) };
+    const patch = {
+      left,
+      top,
+      bitmap: await createImageBitmap(data),
+      clear: pixels.some((v, at) => at % 4 === 3 && v < 255),
+    };
     return new Picture(this.source, this.name, this.width, this.height, [...this.patches, patch]);
   }
 
@@ -115,7 +122,9 @@ export class Picture {
       this.draw(canvas.getContext("2d"));
       blob = await canvas.convertToBlob({ type: this.source.type, quality: 0.95 });
     } catch {
-      throw new Error(`This browser cannot write a picture of ${this.width} × ${this.height} pixels. Try another browser.`);
+      throw new Error(
+        `This browser cannot write a picture of ${this.width} × ${this.height} pixels. Try another browser.`,
+      );
     }
     const [, kind, extension] = KINDS.find(([type]) => type === blob.type);
     return { blob, kind, extension };

@@ -1,6 +1,6 @@
-// Pillow's resize, number for number, so that the network sees in a browser what it sees in misf-run: bilinear over all
-// the pixels that fall together, or bicubic; columns first, then rows; 8 bits in fixed point, floats in double precision
-// (src/libImaging/Resample.c of Pillow).
+// Pillow's resize, number for number, so that the network sees in a browser what it sees in misf-run: bilinear over
+// all the pixels that fall together, or bicubic; columns first, then rows; 8 bits in fixed point, floats in double
+// precision (src/libImaging/Resample.c of Pillow).
 
 const FILTERS = {
   bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
@@ -21,7 +21,8 @@ const FIXED_POINT = 2 ** 22;
  */
 export function resize(data, channels, from, to, filter = "bilinear") {
   const [height, width] = from;
-  const across = to[1] === width ? data : pass(data, height, width, to[1], channels, width * channels, channels, filter);
+  const across =
+    to[1] === width ? data : pass(data, height, width, to[1], channels, width * channels, channels, filter);
   if (to[0] === height) return across;
   return pass(across, to[1], height, to[0], channels, channels, to[1] * channels, filter, true);
 }
@@ -52,7 +53,9 @@ function coefficients(length, wanted, { support, weight }) {
     const center = (at + 0.5) * scale;
     const first = Math.max(0, Math.trunc(center - support * stretch + 0.5));
     const stop = Math.min(length, Math.trunc(center + support * stretch + 0.5));
-    const weights = Array.from({ length: stop - first }, (_, tap) => weight((tap + first - center + 0.5) * (1 / stretch)));
+    const weights = Array.from({ length: stop - first }, (_, tap) =>
+      weight((tap + first - center + 0.5) * (1 / stretch)),
+    );
     const total = weights.reduce((sum, value) => sum + value, 0);
     return { first, weights: Float64Array.from(weights, (value) => (total ? value / total : value)) };
   });

@@ -1,4 +1,5 @@
-// The stage: the picture, what is painted on it and the brush, at any zoom. It draws what it is given and changes nothing.
+// The stage: the picture, what is painted on it and the brush, at any zoom. It draws what it is given, and changes none
+// of it.
 
 import { drawShapes } from "./shapes.js";
 
@@ -176,7 +177,10 @@ export class View {
 
   /** Light and dark, to be seen on any picture. */
   twoTone(width) {
-    for (const [colour, more] of [["#000a", 2], ["#fff", 0]]) {
+    for (const [colour, more] of [
+      ["#000a", 2],
+      ["#fff", 0],
+    ]) {
       this.context.strokeStyle = colour;
       this.context.lineWidth = (width + more) / this.scale;
       this.context.stroke();

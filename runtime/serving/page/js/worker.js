@@ -75,7 +75,9 @@ async function fill({ mask, settings, grow, exact }) {
       return output.data;
     },
     paste: (box, colours, hole, floats) =>
-      self.postMessage({ type: "patch", box, colours, hole: hole.data, exact: exact ? floats : null }, [colours.buffer]),
+      self.postMessage({ type: "patch", box, colours, hole: hole.data, exact: exact ? floats : null }, [
+        colours.buffer,
+      ]),
     progress: (done, crops) => self.postMessage({ type: "progress", done, crops }),
   });
   self.postMessage({ type: "done", crops, seconds });
@@ -84,5 +86,7 @@ async function fill({ mask, settings, grow, exact }) {
 function explained(error) {
   const text = String(error?.message ?? error);
   const memory = /memory|bad_alloc|allocat/i.test(text) || typeof error === "number"; // WebAssembly throws an address
-  return memory ? "This browser ran out of memory. Paint a smaller hole, or close other tabs and reload the page." : text;
+  return memory
+    ? "This browser ran out of memory. Paint a smaller hole, or close other tabs and reload the page."
+    : text;
 }
