@@ -31,7 +31,7 @@ class GatedBackend:
         self.gate = threading.Event()
         self.entered = threading.Event()
         self.shapes: list[tuple[int, ...]] = []
-        self.fails_on: Any = lambda image: False
+        self.fails_on: Any = lambda _image: False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
