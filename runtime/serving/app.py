@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import mimetypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +32,7 @@ from .failures import failure_response, response_for
 from .filling import Filler
 from .guard import Guard
 from .iopaint import iopaint_routes
-from .observing import Metrics, Observed
+from .observing import WORKERS_FOLDER, Metrics, Observed
 from .routes import plain_routes
 from .settings import ServerSettings
 
@@ -100,7 +106,17 @@ def app_from_environment() -> ASGIApp:
 
     settings = ServerSettings.from_environment()
     prepare_process(settings)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     return create_app(settings)
+
+
+def _end_with_parent() -> None:
+    """Stop this worker when the process that looks after it was killed: it would hold the port without end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    shutil.rmtree(os.environ[WORKERS_FOLDER], ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def open_inpainter(settings: ServerSettings) -> Inpainter:

@@ -175,7 +175,12 @@ def _listening(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        raise OSError(f"cannot listen on {host}:{port}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    """Return the system's text, where asyncio and getaddrinfo have longer or other ones."""
+    return error.strerror or str(error) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
 
 
 def _config(app: Any, settings: ServerSettings, **options: Any) -> uvicorn.Config:
