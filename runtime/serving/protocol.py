@@ -46,10 +46,11 @@ class PatientProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        line = failure_line("Bad Request", msg).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(line))]
         events: list[Any] = [
-            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-            h11.Data(data=failure_line("Bad Request", msg).encode()),
+            h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request"),
+            h11.Data(data=line),
             h11.EndOfMessage(),
         ]
         for event in events:
