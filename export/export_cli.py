@@ -20,6 +20,7 @@ from ..runtime.backends.contract import ENGINES
 from ..training.model.options import config_option, official_option
 from .engine.build_cli import finish
 from .engine.options import engine_options, given, parse_engine_options
+from .triton import BACKENDS as TRITON_BACKENDS
 
 if TYPE_CHECKING:
     from ..training.model.config import NetworkConfig
@@ -69,6 +70,18 @@ log = logging.getLogger(__name__)
     help="Write the dynamic filter as standard nodes, for readers without support for ONNX functions, such as "
     "OpenVINO's. Not for engines.",
 )
+@click.option(
+    "--triton",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also write a model repository for NVIDIA Triton into this folder.",
+)
+@click.option(
+    "--triton-backend",
+    type=click.Choice(TRITON_BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Triton's backend for the network: auto goes by the file; python is misf's own runtime.",
+)
 @engine_options
 @click.option("--force", is_flag=True, help="Replace existing files, not only those named by -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
@@ -84,6 +97,8 @@ def main(
     calibration: Path | None,
     range_limit: float,
     inline_functions: bool,
+    triton: Path | None,
+    triton_backend: str,
     force: bool,
     as_json: bool,
     **engine: Any,
@@ -120,6 +135,8 @@ def main(
         from .engine.builder import build_engine
 
         finish(build_engine(onnx_file, output, options), as_json)
+        if triton:
+            _triton(triton, output, triton_backend)
         return
     elif output.suffix.lower() != ".onnx":
         known = ", ".join((".onnx", *ENGINES))
@@ -129,6 +146,8 @@ def main(
     if output.resolve() == checkpoint.resolve():
         raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
     report = _export(checkpoint, config, output, precision, calibration, range_limit, inline_functions)
+    if triton:
+        _triton(triton, output, triton_backend)
     if as_json:
         print_json(
             {
@@ -148,6 +167,13 @@ def main(
     Console().print(results_table(report.results, f"{report.path.name} ({precision}) against PyTorch float32"))
     log.info("run it: misf-run %s image.png mask.png", report.path)
     click.echo(str(report.path))
+
+
+def _triton(folder: Path, model: Path, backend: str) -> None:
+    from .triton import write_repository
+
+    write_repository(folder, model, backend)
+    log.info("start it: tritonserver --model-repository=%s", folder.resolve())
 
 
 def _export(

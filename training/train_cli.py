@@ -16,6 +16,7 @@ from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need
 from ..plugins.shared.progress import progress
 from ..plugins.shared.shipped import ModelFile
+from ..runtime.mask_options import READING, mask_options
 from .model.config import PRESETS
 from .model.options import official_option
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, Recipe
@@ -36,11 +37,11 @@ EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
 """Options of a run that --resume takes up, unless they are given anew."""
-ANY_TIME = ("output", "resume", "device", "workers", "stop_after", *PACE)
+ANY_TIME = ("output", "resume", "auto_resume", "device", "workers", "stop_after", *PACE)
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
-PLAIN = ("invert_mask", "mask_threshold", "precision", "resident", "perceptual_backbone")
+PLAIN = ("invert_mask", "mask_threshold", "mask_values", "precision", "resident", "perceptual_backbone")
 """Options that run.json keeps as they are."""
 STARTED = time.monotonic()
 
@@ -50,16 +51,12 @@ STARTED = time.monotonic()
     "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the run's files."
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings.")
+@click.option(
+    "--auto-resume", is_flag=True, help="Continue the run in --output if there is one: for launchers that restart."
+)
 @click.option("--data", type=EXISTING, help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
-@click.option("--invert-mask", is_flag=True, help="Black marks the hole in mask files, instead of white.")
-@click.option(
-    "--mask-threshold",
-    type=click.IntRange(0, 254),
-    default=127,
-    show_default=True,
-    help="Mask values above this are holes.",
-)
+@mask_options(READING)
 @click.option(
     "--val",
     type=EXISTING,
@@ -146,7 +143,7 @@ STARTED = time.monotonic()
     show_default=True,
     help="Steps between picture grids in TensorBoard.",
 )
-def main(output: Path, resume: bool, **options: Any) -> None:
+def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
     """Train a network. The run can be killed at any moment and resumed exactly.
 
     OUTPUT gets state.pt (for --resume), ema.safetensors (for misf-export and misf-eval), best.safetensors (with --val),
@@ -165,7 +162,9 @@ def main(output: Path, resume: bool, **options: Any) -> None:
     folder = RunFolder(output)
     if resume:
         _refuse_changes()
-        settings = folder.read_settings()
+    resume = resume or (auto_resume and folder.exists)  # on every process before rank 0 can have written anything
+    if resume:
+        settings = {"mask_values": None, **folder.read_settings()}  # None in runs of older versions
         needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
@@ -202,8 +201,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     recipe = _recipe(options)
     if options["masks"] != "random" and not Path(options["masks"]).exists():
         raise click.UsageError(f"--masks {options['masks']}: expected random, or a folder or list of mask files")
-    if options["masks"] == "random" and options["invert_mask"]:
-        raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
+    if options["masks"] == "random" and (options["invert_mask"] or options["mask_values"]):
+        raise click.UsageError("--invert-mask and --mask-value are for mask files: give --masks FOLDER")
     return {
         "recipe": json.loads(recipe.to_json()),
         **{name: options[name] and str(options[name].resolve()) for name in PATHS},
@@ -341,14 +340,17 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
 
 
 def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int) -> TrainingSamples | ResidentSamples:
+    from ..runtime.pictures.masks import MaskSettings
     from .dataset import MaskSource, Pictures, TrainingSamples, picture_paths
     from .mask_drawing import MaskFolder, RandomMasks
 
     masks: MaskSource = RandomMasks()
     if settings["masks"] != "random":
-        masks = MaskFolder(
-            picture_paths(settings["masks"]), invert=settings["invert_mask"], threshold=settings["mask_threshold"]
+        values = settings["mask_values"]
+        reading = MaskSettings(
+            settings["mask_threshold"], settings["invert_mask"], values=None if values is None else tuple(values)
         )
+        masks = MaskFolder(picture_paths(settings["masks"]), reading)
     pictures = Pictures(picture_paths(settings["data"]))
     pictures.preload()
     if settings["resident"]:

@@ -546,7 +546,7 @@ def test_help_is_light(tmp_path: Path) -> None:
     )
     lines = _subprocess(code).stdout.splitlines()
     assert lines[-1] == "[]"
-    assert "misf-run best.onnx photo.jpg mask.png -o filled.jpg" in "\n".join(lines)
+    assert "misf-run misf-small photo.jpg mask.png -o filled.jpg" in "\n".join(lines)
     assert _run("--version").stdout.startswith("misf-run 0.")
     assert _run("-h").exit_code == 0
     assert list(tmp_path.iterdir()) == []
