@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
 import io
 import math
 import threading
@@ -25,7 +24,7 @@ from ..inpainter import FillReport, Inpainter
 from ..pictures import metadata
 from ..pictures.geometry import Mask
 from ..pictures.image_io import READABLE, open_mask, open_picture
-from ..pictures.masks import grown_mask, resized_mask
+from ..pictures.masks import MaskSettings
 from ..pictures.png16 import SIGNATURE
 from ..pictures.settings import CropSettings
 from .failures import CLIENT_LEFT, RequestError
@@ -155,18 +154,10 @@ class Filler:
     def _retry_after(self) -> int:
         return max(1, min(60, math.ceil(self._seconds * self._taken)))
 
-    def fill(
-        self,
-        image: bytes,
-        read_hole: Callable[[], Mask],
-        settings: CropSettings,
-        *,
-        resize: bool = False,
-        grow: int = 0,
-    ) -> Filled:
+    def fill(self, image: bytes, read_hole: Callable[[], Mask], settings: CropSettings, masks: MaskSettings) -> Filled:
         """Return the picture in `image` with its holes filled, in its own format.
 
-        read_hole: decodes the mask; called when there is room for it.
+        read_hole: decodes the mask and returns it at its own size; called when there is room for it.
 
         Raises RequestError (400, 413, 415, 503), ValueError for what is damaged, MisfError when the model fails.
         """
@@ -176,14 +167,15 @@ class Filler:
         ticket = ticket_at_work.get()
         with self._pixels.reserved(pixels, ticket):
             picture, hole = open_picture(Path(PICTURE), data=image), read_hole()
-            if hole.shape != picture.canvas.size:
-                if not resize:
-                    raise RequestError(400, _sizes_differ(hole.shape, picture.canvas.size))
-                hole = resized_mask(hole, picture.canvas.size)
-            hole = grown_mask(hole, grow)
-            inpainter = copy.copy(self.inpainter)
-            inpainter.settings = settings
-            report = inpainter.fill(picture.canvas, hole, lambda _done, _all: ticket.check() if ticket else None)
+            if hole.shape != picture.canvas.size and not masks.resize:
+                raise RequestError(400, _sizes_differ(hole.shape, picture.canvas.size))
+            report = self.inpainter.fill(
+                picture.canvas,
+                masks.fitted(hole, picture.canvas.size),
+                lambda _done, _all: ticket.check() if ticket else None,
+                settings=settings,
+                feather=masks.feather,
+            )
             data = picture.encoded(picture.format, changed=report.hole_pixels > 0)
         height, width = picture.canvas.size
         self.metrics.hole_share.observe(report.hole_pixels / (height * width))

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..pictures.geometry import Mask
-from ..pictures.masks import grown_mask, mask_from_image
+from ..pictures.masks import MaskSettings, grown_mask, mask_from_image
 from ..pictures.settings import CropSettings
 from .failures import RequestError, documented, failure_response
 from .filling import Filled, Filler
@@ -138,8 +138,8 @@ def iopaint_routes(filler: Filler, model: str) -> APIRouter:
         settings = crop_settings(wish, filler.inpainter.settings)
 
         def work() -> Filled:
-            mask = decoded(wish.mask, "mask")
-            return filler.fill(decoded(wish.image, "image"), lambda: painted_mask(filler.read_mask(mask)), settings)
+            image, mask = decoded(wish.image, "image"), decoded(wish.mask, "mask")
+            return filler.fill(image, lambda: painted_mask(filler.read_mask(mask)), settings, MaskSettings())
 
         filled = await filler.run(request.receive, request.state.request_id, work)
         response = Response(filled.data, media_type=filled.media_type)

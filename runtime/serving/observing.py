@@ -36,7 +36,7 @@ HEADERS = {
 }
 """Of every answer. The two of cross-origin isolation give the page's WebAssembly its threads."""
 
-disable_created_metrics()  # a time for each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call] # a time for each counter, which nobody reads
 
 
 class Metrics:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, File, Query, Request, Response, UploadFile
 from pydantic import BaseModel, Field
 
-from ..pictures.masks import THRESHOLD, mask_from_image
+from ..pictures.masks import THRESHOLD, MaskSettings
 from ..pictures.settings import STRATEGIES
 from .failures import RequestError, documented
 from .filling import MEDIA_TYPES, Filled, Filler
@@ -80,12 +80,16 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
         strategy: Annotated[Strategy | None, Query(description="What the network sees; default: the server's")] = None,
         margin: Annotated[int | None, Query(ge=0, le=LONGEST, description="Pixels of context around a hole")] = None,
         grow: Annotated[int, Query(ge=0, le=LONGEST, description="Pixels by which the hole grows")] = 0,
+        feather: Annotated[int, Query(ge=0, le=LONGEST, description="Pixels over which the fill blends in")] = 0,
         threshold: Annotated[int, Query(ge=0, le=254, description="Mask values above this are holes")] = THRESHOLD,
         invert: Annotated[bool, Query(description="Black is hole")] = False,
+        from_alpha: Annotated[bool, Query(description="Holes are transparent instead of white")] = False,
+        values: Annotated[list[int] | None, Query(description="Palette indices or grey values that are holes")] = None,
         resize: Annotated[bool, Query(description="Take a mask of another size")] = False,
     ) -> Response:
         started = time.perf_counter()
         image_data, mask_data = await image.read(), await mask.read()
+        masks = MaskSettings(threshold, invert, from_alpha, tuple(values) if values else None, resize, grow, feather)
         settings = filler.inpainter.settings
         settings = replace(
             settings, strategy=strategy or settings.strategy, margin=settings.margin if margin is None else margin
@@ -94,10 +98,9 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
         def work() -> Filled:
             return filler.fill(
                 image_data,
-                lambda: mask_from_image(filler.read_mask(mask_data), threshold, invert),
+                lambda: masks.hole(filler.read_mask(mask_data), quiet=True),
                 settings,
-                resize=resize,
-                grow=grow,
+                masks,
             )
 
         filled = await filler.run(request.receive, request.state.request_id, work)

@@ -130,6 +130,20 @@ def test_json_where_it_is_accepted(client: httpx.Client, picture: Any) -> None:
     }
 
 
+def test_feather_and_values(client: httpx.Client, picture: Any) -> None:
+    labels = np.zeros(SIZE, np.uint8)
+    labels[10:20, 30:44], labels[30:34, 5:9], labels[40:44, 50:54] = 1, 2, 3
+    files = {"image": png(picture), "mask": png(labels)}
+    answer = client.post("/inpaint?values=1&values=3", files=files)
+    changed = (np.asarray(opened(answer.content)) != picture).any(axis=2)
+    assert not changed[(labels == 0) | (labels == 2)].any()
+    assert changed[(labels == 1) | (labels == 3)].mean() > 0.9
+    answer = client.post("/inpaint?feather=4", files={"image": png(picture), "mask": png(HOLE)})
+    changed = (np.asarray(opened(answer.content)) != picture).any(axis=2)
+    assert changed[20:23, 30:44].mean() > 0.5  # below the hole, where the fill blends in
+    assert not changed[26:].any()
+
+
 @pytest.mark.parametrize(
     ("query", "hole"),
     [
