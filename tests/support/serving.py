@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from PIL import Image
 
 from misf.runtime import Inpainter
 from misf.runtime.serving.app import create_app
-from misf.runtime.serving.serve_cli import _config
+from misf.runtime.serving.serve_cli import listening, uvicorn_config
 from misf.runtime.serving.settings import ServerSettings
 
 
@@ -60,8 +59,8 @@ def serving(model: Path, inpainter: Inpainter | None = None, **options: Any) -> 
     import uvicorn
 
     settings = ServerSettings(str(model), backend="onnxruntime", device="cpu", threads=1, **options)
-    server = uvicorn.Server(_config(create_app(settings, inpainter), settings))
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+    server = uvicorn.Server(uvicorn_config(create_app(settings, inpainter), settings))
+    with listening("127.0.0.1", 0) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
