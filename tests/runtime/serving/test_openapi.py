@@ -1,4 +1,4 @@
-"""The OpenAPI document tells the truth: Schemathesis sends what it allows and what it forbids and checks the answers."""
+"""The OpenAPI document tells the truth: Schemathesis sends what it allows and forbids, and checks the answers."""
 
 from __future__ import annotations
 
