@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -173,8 +174,9 @@ def main(
         results.interrupted = True
         raise
     finally:
-        if lines:
-            lines.close()
+        with contextlib.suppress(OSError):  # every line was flushed, or has failed already
+            if lines:
+                lines.close()
         if as_json:
             print_json(settings | results.to_dict())
     if results.failures and not image.is_dir():

@@ -213,3 +213,30 @@ def test_each_call_may_have_its_own_settings(model: Path, rng: np.random.Generat
     near = inpaint(picture, mask, masks=MaskSettings(threshold=50), settings=CropSettings("crop", 64, 8))
     assert (near[50:60, 50:60] != plain[50:60, 50:60]).any()  # the mean of what is near, not of all
     assert not (inpaint(picture, mask) != picture).any()  # its own threshold is 127
+
+
+def test_a_full_disk_and_a_folder_that_is_gone_are_one_line_each(model: Path, folder: Path) -> None:
+    script = "from misf.runtime.run_cli import main; main()"
+    places = [str(model), str(folder / "in"), str(folder / "masks"), "--backend", "onnxruntime"]
+    gone = folder / "gone"
+    gone.mkdir()
+    for where, more, words in (
+        (
+            folder,
+            ["-o", str(folder / "full"), "--report", "/dev/full"],
+            "cannot write the report /dev/full: No space left",
+        ),
+        (gone, ["-o", "out"], "the working folder no longer exists"),
+    ):
+        command = (
+            f'cd {where} && {"rmdir . 2>/dev/null; rmdir " + str(gone) + " && " if where == gone else ""}exec "$@"'
+        )
+        done = subprocess.run(
+            ["bash", "-c", command, "bash", sys.executable, "-c", script, *places, *more],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert words in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
