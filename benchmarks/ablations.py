@@ -1,11 +1,11 @@
-"""What the filters bring: the same network with and without them, trained alike, measured alike, in one table.
+"""The effect of the dynamic filters: the network with and without them, trained and measured alike, in one table.
 
     python benchmarks/ablations.py --data photographs/ --val held-out/ --runs runs/ablations
 
-The paper's ablations (arXiv 2203.06304, table 4): no filter, the picture's alone, the features' alone at three levels,
-both. Every variant sees the same crops and masks in the same order; several seeds say how much of a difference is luck.
-Runs are misf-train's, in folders of their own under --runs: one that is there is resumed or, when finished, only
-measured. It can be interrupted at any moment.
+The variants are the paper's ablations (arXiv 2203.06304, table 4): no filter, the image filter only, the feature filter
+only at three levels, and both. Every variant sees the same crops and masks in the same order; several seeds show how
+much of a difference is chance. The runs of misf-train are in separate folders under --runs; an existing run is resumed
+or, if it is finished, only measured, so that this program can be interrupted at any moment.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TITLES = {
 
 @command("ablations.py")
 @click.option("--data", required=True, type=FOLDER, help="Folder or list of photographs to train on.")
-@click.option("--val", required=True, type=FOLDER, help="Folder or list of photographs to measure on.")
+@click.option("--val", required=True, type=FOLDER, help="Folder or list of photographs for the evaluation.")
 @click.option("--runs", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the runs.")
 @click.option("--filters", multiple=True, type=click.Choice(list(ABLATIONS)), help="Variants.  [default: all six]")
 @click.option("--config", type=click.Choice(list(PRESETS)), default="misf-small", show_default=True)
@@ -56,7 +56,7 @@ TITLES = {
 @click.option("--crop", type=click.IntRange(min=8), default=144, show_default=True, help="Side of the crops.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Crops per step.")
 @click.option("--seeds", type=click.IntRange(min=1), default=2, show_default=True, help="Runs of each variant.")
-@click.option("--device", default="auto", show_default=True, help="As misf-train's.")
+@click.option("--device", default="auto", show_default=True, help="As in misf-train.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -88,11 +88,11 @@ def main(
         with written_whole(output / path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     click.echo(table)
-    log.info("written: %s", output / "ablations.{md,json}")
+    log.info("wrote %s", output / "ablations.{md,json}")
 
 
 def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, Any]) -> None:
-    """Bring a run to its last step."""
+    """Start or resume a run, and finish it."""
     run = RunFolder(folder)
     state = run.read_state()
     if state:
@@ -105,7 +105,7 @@ def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, An
     if state:
         options = ["--resume"]
     else:
-        run.settings.unlink(missing_ok=True)  # stopped before its first state: from the start
+        run.settings.unlink(missing_ok=True)  # it stopped before its first saved state, so it starts again
     options += ["--output", folder, "--device", settings["device"]]
     log.info("%s", folder)
     done = subprocess.run(
@@ -116,7 +116,7 @@ def train(folder: Path, name: str, seed: int, data: Path, settings: dict[str, An
 
 
 def _check_same(run: RunFolder, name: str, seed: int, data: Path, settings: dict[str, Any]) -> None:
-    """Raise MisfError unless the run that is there is the one that is asked for: the table says how it was made."""
+    """Raise MisfError unless an existing run has the requested settings, which the table reports."""
     recipe = RECIPES[settings["recipe"]]
     recipe = recipe.without_vgg() if recipe.needs_vgg else recipe
     network = replace(PRESETS[settings["config"]], **ABLATIONS[name])
@@ -128,7 +128,7 @@ def _check_same(run: RunFolder, name: str, seed: int, data: Path, settings: dict
 
 
 def measure(weights: list[Path], pictures: Pictures, device: str) -> dict[str, Any]:
-    """Return size, and the mean PSNR and SSIM of some runs per band with each run's mean PSNR over all."""
+    """Return the network's size, mean PSNR and SSIM of the runs per band, and each run's overall PSNR."""
     reports = []
     for path in weights:
         method = Method(path.parent.name, model_fill(path, device=device)[0])
@@ -144,7 +144,7 @@ def measure(weights: list[Path], pictures: Pictures, device: str) -> dict[str, A
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the table in Markdown, with how it was made."""
+    """Return the table in Markdown, with the settings."""
     bands = [band_name(band) for band in BANDS]
     head = ["filters", "parameters", *(f"{band} {metric}" for band in bands for metric in ("PSNR", "SSIM"))]
     head += ["all, PSNR", "seeds differ by"]

@@ -1,8 +1,8 @@
-"""What misf-batch's driver costs: pictures a second with workers that do nothing, and memory for lists of any length.
+"""The cost of misf-batch's driver: pictures per second with workers that do nothing, and memory by length of the list.
 
     python benchmarks/batch_driver.py --entries 10000 100000 1000000
 
-Each length runs in a process of its own, with two workers of a local Ray cluster, on a list of JSON Lines.
+Each length runs in a separate process, with two workers of a local Ray cluster, on a list of JSON Lines.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 
 
 class Nothing:
-    """A worker without a model: a picture takes it no time."""
+    """A worker without a model, which needs no time for a picture."""
 
     def backend(self) -> str:
-        """Return what it runs on."""
+        """Return the name of the backend."""
         return "nothing"
 
     def fill(self, entries: list[Any]) -> list[dict[str, Any]]:
-        """Return a record for each entry at once."""
+        """Return a record for each entry immediately."""
         return [{"input": entry.image, "output": entry.output, "status": "done", "seconds": 0.0} for entry in entries]
 
 
 def drive(path: Path) -> dict[str, float]:
-    """Return pictures a second, and the process's largest memory in MB, for one list."""
+    """Return pictures per second and the process's peak memory in MB for one list."""
     import ray
 
     from misf.runtime.batch.driver import run
@@ -40,7 +40,7 @@ def drive(path: Path) -> dict[str, float]:
     ray.init(include_dashboard=False, log_to_driver=False)
     actor = ray.remote(num_cpus=1)(Nothing)
     records = run(entries(str(path), "mask.png", "out"), actor.remote, {"CPU": 1.0})
-    next(records)  # the workers are there
+    next(records)  # by now the workers have started
     started, count = time.perf_counter(), 0
     with path.with_suffix(".report").open("w", encoding="utf-8") as report:
         for record in records:
@@ -60,7 +60,7 @@ def main() -> None:
     if options.drive:
         print(json.dumps(drive(options.drive)))
         return
-    print("| entries | pictures a second | driver's peak memory, MB |\n| ---: | ---: | ---: |")
+    print("| entries | pictures per second | driver's peak memory, MB |\n| ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
         for count in options.entries:
             path = Path(folder) / f"{count}.jsonl"

@@ -1,4 +1,4 @@
-"""What this GPU can do at most, measured: a large copy, and matrix products. Every other number is a share of these.
+"""Measures the limits of this GPU with a large copy and matrix products; other results are fractions of these.
 
 python benchmarks/ceilings.py FOLDER        writes ceilings.json
 """
@@ -20,7 +20,7 @@ from latency_gpu import board, matrix_tflops
 def main() -> None:
     folder = Path(sys.argv[1])
     found = {"copy_gb_per_s": copy_gb_per_s(Timer("cuda", 20))}
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):  # float32 without TF32, as torch has it
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):  # float32 without TF32, as is PyTorch's default
         found[f"{str(dtype).removeprefix('torch.')}_tflop_per_s"] = matrix_tflops(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ceilings.json").write_text(json.dumps({"machine": board(), **found}, indent=2) + "\n")

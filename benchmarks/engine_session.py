@@ -1,4 +1,4 @@
-"""From checkpoint to verified picture on this machine's GPU, every flavor and precision: see gpu_session.sh."""
+"""From checkpoint to verified picture on this machine's GPU, for all flavors and precisions; see gpu_session.sh."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMITS = Limits((1, 64, 64), (1, 256, 256), (2, 512, 512))
 
 
 def main() -> int:
-    """Return how many engines failed."""
+    """Return the number of engines that failed."""
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[str]:
-    """Return a line for each size, seen twice so that the CUDA graph runs too; MisfError on a miss."""
+    """Return a line for each size, run twice so that the CUDA graph runs too; MisfError if one is not accurate."""
     engine, lines = open_backend(plan), []
     for image, mask in accuracy.cases(accuracy.load_photographs(), accuracy.default_sizes(LIMITS)):
         for _ in range(3):
@@ -65,7 +65,7 @@ def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[s
 
 
 def _worst_layer(plan: Path) -> str:
-    """Return what misf-verify --layers says, in a process of its own: Polygraphy takes one TensorRT a process."""
+    """Return the result of misf-verify --layers, run in a new process, since Polygraphy uses one TensorRT per process."""
     command = [sys.executable, "-c", "from misf.runtime.checks.verify_cli import main; main()", plan, "--checkpoint"]
     done = subprocess.run([*map(str, command), str(WEIGHTS), "--layers"], capture_output=True, text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("worst layer")]

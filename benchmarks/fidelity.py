@@ -1,9 +1,9 @@
-"""How faithful: a model against the classical methods, as a table (Markdown, JSON) and a grid of pictures.
+"""Fidelity of a model and of the classical methods, as a table (Markdown, JSON) and a grid of pictures.
 
     python benchmarks/fidelity.py --model best.onnx --data photographs/
 
-The table is measured on --data; without it, on the few photographs that come with scikit-image. The grid shows only
-those, since they may be shown by anyone.
+The table is measured on --data or, without it, on the few photographs that come with scikit-image. The grid shows only
+the latter, which may be published.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ GAP, HEAD = 6, 26  # pixels between the pictures of the grid, and above its colu
 @click.option(
     "--model", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Model file."
 )
-@click.option("--name", help="What to call the model.  [default: its file's name]")
+@click.option("--name", help="Name of the model in the results.  [default: its file's name]")
 @click.option(
-    "--data", type=click.Path(exists=True, path_type=Path), help="Folder or list of photographs to measure on."
+    "--data", type=click.Path(exists=True, path_type=Path), help="Folder or list of photographs for the evaluation."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the masks.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the masks.")
 @click.option(
-    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread over the data.  [default: all]"
+    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread evenly over the data.  [default: all]"
 )
 @click.option(
     "--output",
@@ -80,11 +80,11 @@ def main(model: Path, name: str | None, data: Path | None, seed: int, per_band: 
             temporary, quality=92, subsampling=0
         )
     click.echo(table)
-    log.info("written: %s", output / "fidelity.{md,json,jpg}")
+    log.info("wrote %s", output / "fidelity.{md,json,jpg}")
 
 
 def margins(reports: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, per band, by how much the first method's PSNR (dB) and SSIM exceed those of the best of the others."""
+    """Return, per band, the margins in PSNR (dB) and SSIM of the first method over the best of the others."""
     result = {}
     for band in map(band_name, BANDS):
         ours, *peers = (report["bands"][band] for report in reports)
@@ -93,7 +93,7 @@ def margins(reports: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the table in Markdown, with what it was measured on."""
+    """Return the table in Markdown, with the data and settings."""
     bands = [band_name(band) for band in BANDS]
     head = ["", *(f"{band} {metric}" for band in bands for metric in ("PSNR", "SSIM"))]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
@@ -114,9 +114,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def grid(methods: list[Method], seed: int) -> Image.Image:
-    """Return the photographs that may be shown, filled: a row each with hole, the methods' results, the truth.
+    """Return a grid of the publishable photographs: a row each with the hole, the methods' results and the truth.
 
-    Adds nothing to the methods' measurements.
+    The methods' measurements do not change.
     """
     columns = ["hole", *(method.name for method in reversed(methods)), "truth"]
     step = SIZE + GAP
@@ -139,7 +139,7 @@ def grid(methods: list[Method], seed: int) -> Image.Image:
 
 
 def _skimage_files() -> list[Path]:
-    """Return the files of the photographs that ship inside scikit-image."""
+    """Return the files of the photographs in scikit-image's package."""
     import skimage.data
 
     folder = Path(skimage.data.__file__).parent

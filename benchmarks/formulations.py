@@ -1,4 +1,4 @@
-"""The dynamic filter as others write it, to be measured beside ours."""
+"""Other formulations of the dynamic filter, for comparison with ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def stacked(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 1) -> Tensor:
-    """Return the dynamic filter by the official code's order of operations.
+    """Return the dynamic filter, computed in the official code's order of operations.
 
     Taps are expanded to K*K per channel, K*K shifted copies of the features are stacked, multiplied and summed.
     """
@@ -23,7 +23,7 @@ def stacked(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 1
 
 
 def unfolded(features: Tensor, taps: Tensor, kernel_size: int = 3, share: int = 1) -> Tensor:
-    """Return the dynamic filter through F.unfold."""
+    """Return the dynamic filter, computed with F.unfold."""
     n, channels, height, width = features.shape
     expanded = taps.repeat_interleave(share, dim=1).view(n, channels, kernel_size**2, height, width)
     patches = F.unfold(features, kernel_size, padding=kernel_size // 2)
@@ -45,7 +45,7 @@ def official_formulation() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_norm() -> Iterator[None]:
-    """Make `misf.training`'s network use F.instance_norm for every layout inside the block."""
+    """Make `misf.training`'s network use F.instance_norm for all memory layouts inside the block."""
     from misf.training.model import network
 
     ours = network.norm_in_layout

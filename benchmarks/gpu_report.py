@@ -1,7 +1,7 @@
-"""Puts what a GPU session measured beside what was predicted: python benchmarks/gpu_report.py FOLDER.
+"""Compares the measurements of a GPU session with the predictions: python benchmarks/gpu_report.py FOLDER.
 
-Reads predictions.json and every results file below FOLDER, writes FOLDER/predictions.md and prints the table. A share
-is one of the copy that was measured on the same GPU.
+It reads predictions.json and all results files below FOLDER, writes FOLDER/predictions.md and prints the table. Shares
+are fractions of the copy speed measured on the same GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def measured(folder: Path, prediction: dict[str, Any]) -> float | None:
-    """Return the value that a prediction is about; None where nothing measured it."""
+    """Return the measured value for a prediction, or None if it was not measured."""
     for path in sorted(folder.rglob(prediction["rows"])):
         for row in rows(path):
             if prediction["value"] in row and prediction["where"].items() <= row.items():

@@ -1,12 +1,12 @@
-"""How fast the dynamic filter itself is: time, bytes and GB/s against a measured copy, and against how others write it.
+"""Speed of the dynamic filter alone: time, bytes and GB/s, compared with a measured copy and with other formulations.
 
-    python benchmarks/kernel.py                      # on the GPU, or on the CPU where there is none
+    python benchmarks/kernel.py                      # on the GPU, or on the CPU if there is none
     python benchmarks/kernel.py --gradients without --batch 1 --batch 32
 
-Bytes are the floor: features, taps and output, each moved once; their time at the speed of a copy that is measured here
-is the least that any kernel could take. On a GPU every run is timed by CUDA events, after a write that flushes the L2;
-every result is compared with the reference in float64 before it is timed. "Plugin" is the TensorRT plugin's kernel,
-built by nvcc and called without TensorRT. Writes kernel-cuda.json and .md (or -cpu).
+Bytes are the minimum that must be moved: features, taps and output once each. The time for them at the speed of a copy,
+measured here, is a lower bound for any kernel. On a GPU every run is timed by CUDA events, after a write that flushes
+the L2; every result is compared with the reference in float64 before it is timed. "Plugin" is the TensorRT plugin's
+kernel, built by nvcc and called without TensorRT. Writes kernel-cuda.json and .md (or -cpu).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from misf.plugins.shared.errors import AccuracyError, EnvironmentMismatch
 from misf.plugins.shared.files import written_whole
 
 FLUSH_BYTES = 256 << 20  # more than any L2
-FLUSHES = 16  # so long that the run is in the queue before the GPU is done with them: no gap is timed
+FLUSHES = 16  # enough to enqueue the run before the GPU has finished them, so that no gap is timed
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}
 TYPES = {"cuda": (torch.float32, torch.float16, torch.bfloat16), "cpu": (torch.float32,)}
 Run = Callable[[], Any]
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def taps(self) -> int:
-        """Channels of the taps, for K = 3."""
+        """Number of channels of the taps, for K = 3."""
         return self.channels * 9 // self.share
 
 
@@ -81,20 +81,20 @@ class Row:
 
 
 def cases(device: str, batches: Sequence[int]) -> list[Case]:
-    """Return MISF's two uses of the op at 256x256; on a GPU also in batches that leave its L2."""
+    """Return MISF's two uses of the op at 256x256; on a GPU, also in batches that exceed its L2."""
     sizes = batches or ((1, 32) if device == "cuda" else (1,))
     return [case for n in sizes for case in (Case("features", n, 256, 64, 4), Case("picture", n, 3, 256, 1))]
 
 
 class Timer:
-    """Times runs one by one, with what was in the caches gone."""
+    """Times runs one by one, with cold caches."""
 
     def __init__(self, device: str, repeats: int) -> None:
         self.device, self.repeats = device, repeats
         self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device=device) if device == "cuda" else None
 
     def __call__(self, run: Run) -> tuple[float, float]:
-        """Return the median and the distance between the quartiles, in milliseconds."""
+        """Return the median and the interquartile range in milliseconds."""
         for _ in range(3):
             run()
         times = sorted(self._once(run) for _ in range(self.repeats))
@@ -116,7 +116,7 @@ class Timer:
 
 
 def copy_gb_per_s(timer: Timer) -> float:
-    """Return what a large copy moves on this machine, bytes read plus bytes written."""
+    """Return the speed of a large copy on this machine in GB/s, bytes read plus bytes written."""
     source = torch.rand(COPY_BYTES[timer.device] // 4, device=timer.device)
     target = torch.empty_like(source)
     time_ms, _ = timer(lambda: target.copy_(source))
@@ -131,7 +131,7 @@ def inputs(case: Case, dtype: torch.dtype, device: str, memory_format: torch.mem
 
 
 class Referee:
-    """The last image of a result, compared with the reference in float64 on the CPU."""
+    """Compares the last image of a result with the reference in float64 on the CPU."""
 
     def __init__(self, features: Tensor, taps: Tensor, share: int) -> None:
         self.exact = dynamic_filter(features[-1:].double().cpu(), taps[-1:].double().cpu(), 3, share)
@@ -141,11 +141,11 @@ class Referee:
         error = (output[-1:].double().cpu() - self.exact).norm() / self.exact.norm()
         limit = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[output.dtype]
         if not error <= limit:
-            raise AccuracyError(f"a result is wrong: relative error {error:.2e}, at most {limit:.0e} was expected")
+            raise AccuracyError(f"a result is wrong: relative error {error:.2e}, expected at most {limit:.0e}")
 
 
 def plugin_program(folder: Path) -> Path | None:
-    """Build plugin_kernel.cu for this GPU and return it; None, and a line, without nvcc."""
+    """Build plugin_kernel.cu for this GPU and return the program; without nvcc, print a line and return None."""
     nvcc = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
     if not Path(nvcc).is_file():
         print("the plugin's kernels are not measured: nvcc was not found", file=sys.stderr)
@@ -204,7 +204,7 @@ class Bench:
                 run: Run = functools.partial(function, features, taps, 3, case.share)
                 check(run())
                 self.measure(case, dtype, "nchw", method, run, moved)
-            except Exception as error:  # out of memory, torch.compile, ...: the others go on
+            except Exception as error:  # such as out of memory or a failed torch.compile; the other methods go on
                 if method == "ours" or isinstance(error, AccuracyError):
                     raise
                 print(f"{case.name} {method}: {type(error).__name__}: {one_line(error)[:200]}", file=sys.stderr)
@@ -218,12 +218,12 @@ class Bench:
 
     def _methods(self, case: Case, dtype: torch.dtype) -> dict[str, Callable[..., Tensor]]:
         methods: dict[str, Callable[..., Tensor]] = {"ours": dynamic_filter, "official": stacked, "unfold": unfolded}
-        if dtype == torch.float16 and case.batch > 1:  # half a minute each: where the answer matters
+        if dtype == torch.float16 and case.batch > 1:  # it takes half a minute each, so only where it matters
             methods["official, torch.compile"] = torch.compile(stacked, dynamic=False)
         return methods
 
     def plugin(self, program: Path, case: Case) -> None:
-        """Measure the plugin's kernels in the three formats that it takes."""
+        """Measure the plugin's kernels in its three formats."""
         formats = {
             "linear_float": (torch.float32, 1),
             "linear_half": (torch.float16, 1),
@@ -242,7 +242,7 @@ class Bench:
             self.add(case, dtype, layout, "plugin", time_ms, spread_ms, moved)
 
     def backward(self, case: Case, dtype: torch.dtype) -> None:
-        """Measure both gradients; the floor: three tensors read, two written."""
+        """Measure both gradients; at least three tensors are read and two written."""
         start = len(self.rows)
         for layout, memory_format in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
             features, taps = inputs(case, dtype, self.device, memory_format)
@@ -264,7 +264,7 @@ class Bench:
 
 
 def markdown(rows: list[Row], copy: float, machine: dict[str, Any]) -> str:
-    """Return the table, under the machine and the copy that it is measured against."""
+    """Return the table, below the machine and the speed of its copy."""
     lines = [
         "# The dynamic filter alone",
         "",
@@ -285,7 +285,7 @@ def markdown(rows: list[Row], copy: float, machine: dict[str, Any]) -> str:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Return what identifies the machine."""
+    """Return a description of the machine."""
     from misf.runtime.checks.doctor import machine
 
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -336,7 +336,7 @@ def main(device: str, repeats: int, batch: tuple[int, ...], gradients: str, outp
                 bench.forward(case, dtype)
             if gradients != "without":
                 bench.backward(case, dtype)
-            write(bench, machine, output)  # at once: what comes later may fail, or run out of time
+            write(bench, machine, output)  # immediately, because later measurements may fail or time out
     if device == "cuda" and gradients != "only":
         with tempfile.TemporaryDirectory() as folder:
             program = plugin_program(Path(folder))

@@ -1,13 +1,13 @@
-"""How long one picture takes on every backend of this machine, side by side.
+"""Latency of one picture on every backend of this machine.
 
     python benchmarks/latency.py                         # full-size network, 256x256 and 512x512
     python benchmarks/latency.py --checkpoint best.pt --size 256x256 --output benchmarks/results/mine
-    python benchmarks/latency.py --device cuda --batch 1 16   # the default where a GPU is: see latency_gpu.py
+    python benchmarks/latency.py --device cuda --batch 1 16   # the default device if there is a GPU: see latency_gpu.py
 
-On the CPU backends take turns, round by round, so that a machine whose speed drifts treats all alike; ratios are
-medians against the official formulation (its order of operations in PyTorch eager, float32). Peak memory is that of a
-process of its own for each backend, which loads the model and runs it twice. Writes latency.json, latency.md and
-latency.png (on a GPU: latency-cuda.*).
+On the CPU, the backends take turns in every round, so that drifts in the machine's speed affect all alike. Ratios are
+those of the medians to the official formulation (its order of operations in PyTorch eager, float32). Peak memory is
+measured in a separate process for each backend, which loads the model and runs it twice. Writes latency.json,
+latency.md and latency.png (on a GPU: latency-cuda.*).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASELINE = "PyTorch eager, official formulation"
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """Return a checkpoint of the published sizes with PyTorch's fresh weights: speed does not depend on the values."""
+    """Return a checkpoint of the published sizes with random weights, since speed does not depend on the values."""
     import torch
 
     from misf.training import PRESETS
@@ -76,7 +76,7 @@ def torch_eager(checkpoint: Path, official: bool = False, channels_last: bool = 
 
 
 def backends(checkpoint: Path, onnx_file: Path) -> dict[str, Callable[[], Inpaint]]:
-    """Return a loader for every way of running the network that this machine has."""
+    """Return a loader for every way of running the network on this machine."""
     import onnx
 
     from misf.runtime.backends import open_backend
@@ -104,13 +104,13 @@ def backends(checkpoint: Path, onnx_file: Path) -> dict[str, Callable[[], Inpain
 
 
 def case(height: int, width: int) -> tuple[Any, Any]:
-    """Return a photograph and a mask of that size as the backends take them."""
+    """Return a photograph and a mask of that size for the backends."""
     photographs = accuracy.load_photographs()
     return next(accuracy.cases(photographs, [(1, height, width)]))
 
 
 def measure(runs: dict[str, Inpaint], image: Any, mask: Any, rounds: int, warm_up: int) -> dict[str, list[float]]:
-    """Return the latencies in ms of each backend, which take turns; the warm-up rounds are not among them."""
+    """Return the latencies in ms of each backend, which take turns; the warm-up rounds are not included."""
     latencies: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warm_up + rounds):
         for name, run in runs.items():
@@ -133,7 +133,7 @@ def summarize(latencies: dict[str, list[float]], psnr_db: dict[str, float]) -> d
             "p99_ms": float(np.percentile(values, 99)),
             "pictures_per_second": 1000 / median,
             "times_faster": statistics.median(base) / median if base else None,
-            "psnr_db": None if psnr_db[name] == np.inf else psnr_db[name],  # None: equal
+            "psnr_db": None if psnr_db[name] == np.inf else psnr_db[name],  # None if equal
         }
     return rows
 
@@ -151,7 +151,7 @@ def child(name: str, height: int, width: int, checkpoint: Path, onnx_file: Path)
     image, mask = case(height, width)
     for _ in range(2):
         run(image, mask)
-    # Not getrusage's ru_maxrss, which a child inherits from its parent.
+    # getrusage's ru_maxrss would be wrong, because a child inherits it from its parent.
     (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(peak.split()[1]) / 1024)
 
@@ -258,7 +258,7 @@ def run_on_gpu(arguments: argparse.Namespace) -> Path:
 
 
 def run_profile(arguments: argparse.Namespace) -> Path:
-    """Profile the first size and batch, write the table and return its file."""
+    """Profile the first size and batch, write the table to a file and return its path."""
     import latency_gpu
     import torch
 
@@ -298,10 +298,10 @@ def main() -> None:
     parser.add_argument("--onnx", type=Path, help="default: exported from the checkpoint")
     parser.add_argument("--size", nargs="+", default=["256x256", "512x512"], metavar="HxW")
     parser.add_argument("--backend", nargs="+", help="only those whose name contains one of these, and the baseline")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where one is")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="pictures at once, GPU only")
     parser.add_argument("--compile", action="store_true", help="torch.compile, which takes minutes; GPU only")
-    parser.add_argument("--profile", action="store_true", help="instead: torch.profiler's table of the GPU's kernels")
+    parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of GPU kernels instead")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds")
     parser.add_argument("--output", type=Path, default=Path("latency"), help="folder for the results [latency]")

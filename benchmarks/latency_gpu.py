@@ -1,8 +1,9 @@
-"""The GPU part of latency.py: the whole network in PyTorch, ONNX Runtime and TensorRT, side by side on one GPU.
+"""The GPU part of latency.py: the whole network in PyTorch, ONNX Runtime and TensorRT on one GPU.
 
-PyTorch is timed by CUDA events, pictures already on the GPU. ONNX Runtime and engines are timed by the clock, from
-NumPy array to NumPy array, copies included; an engine also with its pictures on the GPU. Ways take turns, round by
-round. The floor is the network's arithmetic at the rate of an 8192 x 8192 fp16 matrix product, measured here.
+PyTorch is timed by CUDA events, with pictures already on the GPU. ONNX Runtime and engines are timed by the clock, from
+NumPy array to NumPy array, including copies; engines also with pictures on the GPU. All methods take turns in every
+round. The floor is the time of the network's arithmetic at the rate of an 8192 x 8192 fp16 matrix product, measured
+here.
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ from misf.plugins.shared.command import one_line
 from misf.plugins.shared.errors import MisfError
 
 BASELINE = "PyTorch eager fp32, official formulation"
-GFLOP_AT_256 = 261.0  # of the published sizes, one picture of 256x256
+GFLOP_AT_256 = 261.0  # for one 256x256 picture at the published sizes
 Run = Callable[[Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way of running the network: `make(image, mask)` returns what is timed."""
+    """One way of running the network: `make(image, mask)` returns the call to time."""
 
     name: str
     make: Callable[[Tensor, Tensor], Callable[[], Any]]
     events: bool = True
-    """Timed by CUDA events; else by the clock."""
+    """Whether it is timed by CUDA events instead of the clock."""
 
 
 def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
-    """Return PyTorch's ways; with `compiled` torch.compile's alone, for it takes minutes.
+    """Return the ways in PyTorch or, with `compiled`, only torch.compile, which takes minutes.
 
-    On a CPU (for the tests of this file) only those in float32 and NCHW.
+    On a CPU (for the tests of this file) these are only the ones in float32 and NCHW.
     """
     from misf.training import load_model
 
@@ -93,7 +94,7 @@ def torch_ways(checkpoint: Path, device: str, compiled: bool) -> list[Way]:
 
 @dataclass(frozen=True)
 class Setting:
-    """In which type and memory layout a network works."""
+    """The dtype and memory layout of a network."""
 
     dtype: torch.dtype
     channels_last: bool | int
@@ -103,7 +104,7 @@ class Setting:
         return f"{name} channels-last" if self.channels_last else name
 
     def __call__(self, made: Any) -> Any:
-        """Return a network or tensor in this type and layout."""
+        """Return a network or tensor in this dtype and layout."""
         last = torch.channels_last if self.channels_last else torch.contiguous_format
         return made.to(dtype=self.dtype, memory_format=last)
 
@@ -114,12 +115,12 @@ def _inferred(run: Any, pictures: tuple[Tensor, Tensor]) -> Any:
 
 
 def prepared(image: Tensor, mask: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Return the pictures as a network of that setting takes them."""
+    """Return the pictures for a network of that setting."""
     return setting(image), setting(mask)
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a call as a replayed CUDA graph, which always gives the same tensor."""
+    """Return a call as a replayed CUDA graph, which always returns the same tensor."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -138,7 +139,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def backend_ways(files: dict[str, Path]) -> list[Way]:
-    """Return the ways of ONNX files (on ONNX Runtime's CUDA provider) and engines; name -> file."""
+    """Return the ways of running ONNX files (on ONNX Runtime's CUDA provider) and engines; `files` maps names to paths."""
     from misf.runtime.backends import open_backend
     from misf.runtime.backends.contract import ENGINES
     from misf.runtime.backends.onnx_runtime import has_cuda
@@ -164,7 +165,7 @@ def backend_ways(files: dict[str, Path]) -> list[Way]:
 
         def on_gpu(image: Tensor, mask: Tensor, file: Path = file) -> Callable[[], Any]:
             opened = TensorRtBackend(file)
-            return lambda: opened(image, mask)  # type: ignore[arg-type] # torch tensors are taken too
+            return lambda: opened(image, mask)  # type: ignore[arg-type] # torch tensors are accepted too
 
         ways.append(Way(f"TensorRT {name}, pictures on the GPU", on_gpu))
     return ways
@@ -175,7 +176,7 @@ def _onnx(open_backend: Any, file: Path, host: Any) -> Callable[[Tensor, Tensor]
 
 
 def engines(onnx_files: dict[str, Path], folder: Path, sizes: list[tuple[int, int]], batch: int) -> dict[str, Path]:
-    """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are logged."""
+    """Return engines of the ONNX files, with and without plugin; none without TensorRT. Failures are printed."""
     from misf.runtime.engines.flavors import installed
 
     if not installed("tensorrt"):
@@ -211,7 +212,7 @@ def pictures(height: int, width: int, batch: int, device: str) -> tuple[Tensor, 
 
 
 def milliseconds(call: Callable[[], Any], events: bool) -> float:
-    """Return how long one call takes."""
+    """Return the duration of one call in milliseconds."""
     if not events:
         start = time.perf_counter()
         call()
@@ -225,7 +226,7 @@ def milliseconds(call: Callable[[], Any], events: bool) -> float:
 
 
 def in_hole_db(output: Any, reference: Tensor, mask: Tensor) -> float | None:
-    """Return the PSNR in the hole against the float32 baseline; None where they are equal."""
+    """Return the PSNR in the hole against the float32 baseline in dB, or None if they are equal."""
     result = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
     hole = (mask > 0.5).expand_as(reference).cpu()
     difference = (result.float().cpu() - reference.float().cpu())[hole].double()
@@ -234,7 +235,7 @@ def in_hole_db(output: Any, reference: Tensor, mask: Tensor) -> float | None:
 
 
 def measure(ways: list[Way], image: Tensor, mask: Tensor, rounds: int, warm_up: int) -> dict[str, dict[str, Any]]:
-    """Return a row for every method, or why it has none. Methods take turns; one that fails does not stop the rest."""
+    """Return a row for every method, or why it failed. Methods take turns; one that fails does not stop the others."""
     on_gpu = image.is_cuda
     calls: dict[str, tuple[Way, Callable[[], Any]]] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -258,7 +259,7 @@ def measure(ways: list[Way], image: Tensor, mask: Tensor, rounds: int, warm_up: 
                 "timed": "CUDA events" if way.events and on_gpu else "clock, with copies",
             }
             calls[way.name] = way, call
-        except Exception as error:  # out of memory, no such provider, ...: the others go on
+        except Exception as error:  # such as out of memory or a missing provider; the other methods go on
             rows[way.name] = {"failed": f"{type(error).__name__}: {one_line(error)[:300]}"}
     latencies: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -282,12 +283,12 @@ def matrix_tflops(dtype: torch.dtype = torch.float16, side: int = 8192, repeats:
 
 
 def floor_ms(height: int, width: int, batch: int, tflops: float) -> float:
-    """Return the time of the network's arithmetic at that rate."""
+    """Return the time in milliseconds of the network's arithmetic at that rate."""
     return GFLOP_AT_256 * (height * width / 256**2) * batch / tflops
 
 
 def board() -> dict[str, str]:
-    """Return the GPU as torch names it, its clocks, and a Jetson's power mode."""
+    """Return the GPU's name in PyTorch, its clocks, and a Jetson's power mode."""
     about = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     queries = {
         "clocks": ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"],
@@ -326,7 +327,7 @@ def run_all(
     """Yield (title, rows, floor in ms) of every size and batch on the first GPU."""
     import tempfile
 
-    torch.backends.cudnn.allow_tf32 = False  # on by default, and 10 bits of mantissa are not fp32
+    torch.backends.cudnn.allow_tf32 = False  # on by default, but with 10 bits of mantissa it is not fp32
     onnx_files: dict[str, Path] = {}
     tflops = matrix_tflops()
     print(f"fp16 matrix product: {tflops:.0f} TFLOP/s", file=sys.stderr)

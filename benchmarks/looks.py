@@ -1,13 +1,13 @@
-"""Measure how fills look: detail, grids and feature distance beside PSNR and SSIM, per mask band.
+"""Measures how fills look: detail, grid artefacts and feature distance in addition to PSNR and SSIM, per mask band.
 
-Per band, means over the pictures:
+The values are means over the pictures of a band:
 
-- PSNR and SSIM of the composite, as `misf-eval`.
-- Lite2: the feature distance of EfficientNet-Lite2 (training/efficientnet.py), which no recipe trains on.
-- gradient: the differences of neighbouring pixels in the hole, their absolute values added over the band's pictures, as
-  a share of the truth's.
-- grid: how much more of the fill's high frequencies than of the truth's depends on the pixel's place modulo 2, 4 and 8
-  (the largest of the three): near 0 for a fill without a grid.
+- PSNR and SSIM of the composite, as in `misf-eval`.
+- Lite2: the feature distance of EfficientNet-Lite2 (training/efficientnet.py), with which no recipe trains.
+- gradient: the sum of absolute differences of neighbouring pixels in the hole, over the band's pictures, as a fraction
+  of the truth's.
+- grid: the fraction of the fill's high frequencies that depends on the pixel's position modulo 2, 4 and 8 (the largest
+  of the three), minus that of the truth; near 0 for a fill without a grid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from misf.training.mask_drawing import BANDS, Mask, band_name
 log = logging.getLogger("misf.benchmarks")
 
 PERIODS = (2, 4, 8)
-TILE = 32  # pixels: a grid's sign may change from place to place
+TILE = 32  # pixels; the sign of a grid may change from tile to tile
 Plane = NDArray[np.float64]
 
 
@@ -43,17 +43,24 @@ Plane = NDArray[np.float64]
     multiple=True,
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Checkpoint or model file; the first is what the others are compared with; may be repeated.",
+    help="Checkpoint or model file; may be repeated. The others are compared with the first one.",
 )
-@click.option("--peers", is_flag=True, help="Measure OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic too.")
-@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
-@click.option("--backbone", default="lite2", show_default=True, help="EfficientNet of the distance, or its file.")
 @click.option(
-    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread over the data.  [default: all]"
+    "--peers", is_flag=True, help="Also measure OpenCV's Telea and Navier-Stokes and scikit-image's biharmonic."
+)
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
+@click.option(
+    "--backbone",
+    default="lite2",
+    show_default=True,
+    help="EfficientNet of the feature distance, or the file of its weights.",
+)
+@click.option(
+    "--per-band", type=click.IntRange(min=1), help="Number of pictures, spread evenly over the data.  [default: all]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 def main(models: tuple[Path, ...], peers: bool, data: Path, backbone: str, per_band: int | None, as_json: bool) -> None:
-    """Print the table: centre crops of 256x256, seeded masks.
+    """Print the table for centre crops of 256x256 and seeded masks.
 
     \b
     Example:
@@ -84,7 +91,7 @@ def _distance(backbone: str) -> Any:
 
 
 def _detail(case: Case, result: Picture) -> dict[str, float]:
-    """Return the sums that gradient energy and grid shares are made of."""
+    """Return the sums from which gradient energy and grid shares are computed."""
     found = {}
     for name, picture in (("fill", result), ("truth", case.truth)):
         grey = picture.astype(np.float64).mean(axis=2)
@@ -95,16 +102,16 @@ def _detail(case: Case, result: Picture) -> dict[str, float]:
 
 
 def gradient_sum(grey: Plane, hole: Mask) -> float:
-    """Return the sum over the hole of the absolute differences of neighbours, along and across."""
+    """Return the sum of absolute differences of horizontal and vertical neighbours in the hole."""
     down, across = np.abs(np.diff(grey, axis=0)), np.abs(np.diff(grey, axis=1))
     return float((down * (hole[1:] & hole[:-1])).sum() + (across * (hole[:, 1:] & hole[:, :-1])).sum())
 
 
 def grid_share(grey: Plane, hole: Mask, period: int) -> float:
-    """Return which share of the energy of high frequencies is that of their means by place modulo `period`.
+    """Return the fraction of the energy of high frequencies that is in their means by position modulo `period`.
 
-    In tiles of TILE pixels that lie in the hole for the most part, away from its edges; nan where there is none. Chance
-    alone makes it about period^2 / TILE^2, the same for the truth.
+    It is computed in tiles of TILE pixels that are mostly inside the hole, away from its edges; NaN if there are none.
+    By chance alone it is about period^2 / TILE^2, also for the truth.
     """
     fine = grey - gaussian_filter(grey, 2.0)
     inside = binary_erosion(hole, iterations=4)
@@ -148,7 +155,7 @@ def _report(method: Method, rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def markdown(reports: list[dict[str, Any]]) -> str:
-    """Return the table; distances also as their change against the first method, in percent."""
+    """Return the table; distances are also given as the change from the first method in percent."""
     lines = ["| hole | | PSNR dB | SSIM | Lite2 | change | gradient | grid |", "| --- | --- " + "| ---: " * 6 + "|"]
     for band in map(band_name, BANDS):
         first = reports[0]["bands"][band]

@@ -1,9 +1,9 @@
-"""Every Triton kernel of the filter once, small, for compute-sanitizer to watch: see gpu_session.sh.
+"""Runs every Triton kernel of the filter on small inputs under compute-sanitizer; see gpu_session.sh.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 
-Nothing of torch's own computes on the GPU here: compute-sanitizer watches our kernels only, and would take what others
-write for memory that nobody has written.
+No kernels of PyTorch run on the GPU here: compute-sanitizer only watches our kernels, and would report memory that
+others have written as uninitialised.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from misf.plugins.dynamic_filter import dynamic_filter, triton_kernels
 
-# N, C, H, W, K, share: the two of the network, odd sizes, one pixel, another filter.
+# N, C, H, W, K, share: the network's two filters, odd sizes, one pixel, another filter size.
 CASES = ((2, 32, 13, 24, 3, 4), (1, 3, 35, 66, 3, 1), (2, 20, 9, 10, 3, 4), (1, 4, 1, 1, 3, 4), (1, 5, 6, 7, 5, 5))
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 

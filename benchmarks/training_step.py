@@ -1,14 +1,14 @@
-"""Training step of misf against the plain recipe: images per second and peak memory, in one run.
+"""A training step of misf compared with a plain implementation: images per second and peak memory.
 
     python benchmarks/training_step.py --config misf --size 128 --batch 4
 
-`misf`: one step of `misf-train` (L1, adversarial, feature matching): channels-last on a GPU, a filter whose backward
-keeps only its inputs, true and predicted pictures judged in one pass, no gradients that nobody uses. `misf, bf16`: the
-same with --precision bf16; only where the device computes in bfloat16.
-`plain`: the same networks and losses in the published code's order of operations, in float32: NCHW, nine shifted copies
-stacked and multiplied by the expanded taps, the discriminator called once each for true, predicted and passing
-pictures. Every measurement is a process of its own, the variants taking turns; medians of the steps' times, the peak of
-the process's memory less what it took before the first step.
+`misf` is one step of `misf-train` (L1, adversarial, feature matching): channels-last on a GPU, a filter that only saves
+its inputs for the backward pass, real and fake pictures in one pass of the discriminator, and no unused gradients.
+`misf, bf16` is the same with --precision bf16, if the device computes in bfloat16.
+`plain` has the same networks and losses in the published code's order of operations, in float32: NCHW, nine shifted
+copies stacked and multiplied by the expanded taps, and separate calls of the discriminator for real pictures, fake
+pictures and the generator's loss. Every measurement is a separate process, and the variants take turns. The results are
+the medians of the steps' times, and the peak memory of the process minus its memory before the first step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def plain_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: in
 
 
 def plain_step(config: Any) -> Callable[[Tensor, Tensor], None]:
-    """Return the step in the published code's order of operations; changes the modules of this process to that end."""
+    """Return the step in the published code's order of operations, after patching the modules of this process."""
     from misf.training import losses
     from misf.training.discriminator import PatchDiscriminator
     from misf.training.model import network
@@ -113,7 +113,7 @@ def measure(variant: str, name: str, size: int, batch: int, steps: int) -> dict[
 
 
 def memory_mb() -> float:
-    """Return the most memory that this process has held so far, in MB."""
+    """Return this process's peak memory so far in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -121,9 +121,9 @@ def memory_mb() -> float:
 @click.option("--config", "name", default="misf", show_default=True, help="Preset of the network.")
 @click.option("--size", default=128, show_default=True, help="Side of the crops in pixels.")
 @click.option("--batch", default=4, show_default=True)
-@click.option("--steps", default=3, show_default=True, help="Steps per process, after one to warm up.")
+@click.option("--steps", default=3, show_default=True, help="Steps per process, after one for warm-up.")
 @click.option("--rounds", default=2, show_default=True, help="Processes per variant.")
-@click.option("--output", type=click.Path(path_type=Path), help="JSON file for the numbers.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON file for the results.")
 @click.option("--only", type=click.Choice(list(VARIANTS)), hidden=True)
 def main(name: str, size: int, batch: int, steps: int, rounds: int, output: Path | None, only: str | None) -> None:
     """Measure the variants and print a table."""

@@ -1,8 +1,8 @@
-"""What a Triton server adds to the network's own time: HTTP, gRPC and shared memory, in turns with ONNX Runtime here.
+"""The overhead of a Triton server over HTTP, gRPC and shared memory, compared with ONNX Runtime in this process.
 
     python benchmarks/triton_server.py --host 127.0.0.1 --http-port 8000 --grpc-port 8001 --onnx small.onnx
 
-The server runs a repository of misf-export --triton with the same file. Every answer is compared with ONNX Runtime's.
+The server runs a repository of misf-export --triton with the same file. Every result is compared with ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from misf.runtime import open_backend
 
 
 def case(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a picture and a mask of side x side pixels as the network takes them."""
+    """Return a picture and a mask of side x side pixels for the network."""
     image = np.random.default_rng(side).random((1, 3, side, side), np.float32)
     mask = np.zeros((1, 1, side, side), np.float32)
     mask[..., side // 4 : side // 2, side // 3 : side // 2] = 1
@@ -45,7 +45,7 @@ def over(client: Any, connection: Any) -> Callable[[np.ndarray, np.ndarray], np.
 
 
 def through_memory(connection: Any, largest: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Return a call that hands tensors over in shared memory of this machine, asked by gRPC."""
+    """Return a call that passes tensors in this machine's shared memory, with requests over gRPC."""
     size = 7 * 4 * largest**2
     region = shared_memory.create_shared_memory_region("misf", "/misf_benchmark", size)
     atexit.register(shared_memory.destroy_shared_memory_region, region)
@@ -72,9 +72,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
-    parser.add_argument(
-        "--onnx", default="misf-small", help="the file, or the name, of the network that the server runs"
-    )
+    parser.add_argument("--onnx", default="misf-small", help="file or name of the network that the server runs")
     parser.add_argument("--side", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Which working size fills best: PSNR in the hole and time, for holes of several sizes in photographs at native size.
+"""Finds the best working size: PSNR in the hole and time, for holes of several sizes in full-size photographs.
 
     python benchmarks/working_size.py misf-small --data photographs/
 
-Every picture gets one elliptic hole of each side, at a seeded place; each hole is filled with each working size by the
-strategy `crop`, as misf-run does. The network's own working size (NetworkConfig.working_size) is chosen by this table.
+Every picture gets one elliptic hole of each size at a seeded position, and each hole is filled at each working size with
+the strategy `crop`, as misf-run does. NetworkConfig.working_size is chosen by this table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from misf.training.dataset import picture_paths
 
 
 def ellipse(shape: tuple[int, int], side: int, rng: np.random.Generator) -> np.ndarray:
-    """Return bool H,W with an ellipse of about `side` pixels at a random place."""
+    """Return a mask bool H,W with an ellipse of about `side` pixels at a random position."""
     height, width = side, max(8, int(side * rng.uniform(0.6, 1.0)))
     top, left = rng.integers(0, shape[0] - height), rng.integers(0, shape[1] - width)
     y, x = np.ogrid[: shape[0], : shape[1]]
@@ -32,11 +32,13 @@ def ellipse(shape: tuple[int, int], side: int, rng: np.random.Generator) -> np.n
 @command("working_size")
 @click.argument("model", type=ModelFile())
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
-@click.option("--side", "sides", type=int, multiple=True, default=(48, 128, 320), show_default=True, help="Of a hole.")
+@click.option(
+    "--side", "sides", type=int, multiple=True, default=(48, 128, 320), show_default=True, help="Size of the holes."
+)
 @click.option("--working-size", "sizes", type=int, multiple=True, default=(192, 256, 384, 512, 768), show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(model: Path, data: Path, sides: tuple[int, ...], sizes: tuple[int, ...], seed: int) -> None:
-    """Print a table of PSNR in the hole (dB, mean over the pictures) and seconds a hole, by hole and working size."""
+    """Print a table of PSNR in the hole (dB, mean over the pictures) and seconds per hole, by hole and working size."""
     inpainters = {size: Inpainter(model, strategy="crop", working_size=size) for size in sizes}
     print("| hole, pixels | " + " | ".join(f"working size {size}" for size in sizes) + " |")
     print("| ---: |" + " ---: |" * len(sizes))
