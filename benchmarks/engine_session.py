@@ -65,7 +65,7 @@ def _compared(plan: Path, reference: accuracy.Inpaint, precision: str) -> list[s
 
 
 def _worst_layer(plan: Path) -> str:
-    """Return the result of misf-verify --layers, run in a new process, since Polygraphy uses one TensorRT per process."""
+    """Return the result of misf-verify --layers in a new process, since Polygraphy uses one TensorRT per process."""
     command = [sys.executable, "-c", "from misf.runtime.checks.verify_cli import main; main()", plan, "--checkpoint"]
     done = subprocess.run([*map(str, command), str(WEIGHTS), "--layers"], capture_output=True, text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("worst layer")]

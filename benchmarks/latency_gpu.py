@@ -139,7 +139,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def backend_ways(files: dict[str, Path]) -> list[Way]:
-    """Return the ways of running ONNX files (on ONNX Runtime's CUDA provider) and engines; `files` maps names to paths."""
+    """Return the ways of running `files`, name -> ONNX file (on ONNX Runtime's CUDA provider) or engine."""
     from misf.runtime.backends import open_backend
     from misf.runtime.backends.contract import ENGINES
     from misf.runtime.backends.onnx_runtime import has_cuda

@@ -2,8 +2,8 @@
 
     python benchmarks/working_size.py misf-small --data photographs/
 
-Every picture gets one elliptic hole of each size at a seeded position, and each hole is filled at each working size with
-the strategy `crop`, as misf-run does. NetworkConfig.working_size is chosen by this table.
+Every picture gets one elliptic hole of each size at a seeded position, and each hole is filled at each working size
+with the strategy `crop`, as misf-run does. NetworkConfig.working_size is chosen by this table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""benchmarks/ablations.py: runs are really trained, taken up where they stopped, and the table is of those runs."""
+"""benchmarks/ablations.py: it trains runs, resumes them, and makes the table from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/fidelity.py writes a table that says what its JSON says, and a grid of the photographs themselves."""
+"""benchmarks/fidelity.py writes a table that matches its JSON, and a grid of the photographs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions beside measurements: benchmarks/gpu_report.py."""
+"""benchmarks/gpu_report.py compares predictions with measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_predictions_meet_the_rows_that_they_are_about(tmp_path: Path) -> None:
 
 
 def test_every_prediction_names_a_row_that_a_benchmark_makes() -> None:
-    """By their own words: a method, shape or way that was renamed would be 'not measured' for ever."""
+    """Predictions use the names in the benchmarks: one with an outdated name would always be 'not measured'."""
     kernel, latency_gpu = load_benchmark("kernel"), load_benchmark("latency_gpu")
     predictions = json.loads(load_benchmark("gpu_report").PREDICTIONS.read_text())["predictions"]
     shapes = {f"{c.batch}x{c.channels}x{c.side}x{c.side}" for c in kernel.cases("cuda", ())}

@@ -1,4 +1,4 @@
-"""The GPU part of benchmarks/latency.py, as far as a CPU runs it: on CPU tensors, timed by the clock."""
+"""The GPU part of benchmarks/latency.py as far as it works on a CPU: on CPU tensors, timed by the clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines, really built: by TensorRT for RTX, which needs no GPU to build. TensorRT's own builder does need one."""
+"""Building engines, with TensorRT for RTX, which can build without a GPU. TensorRT's builder needs one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def export(checkpoint: Path, *arguments: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def fp16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The whole way by command: checkpoint -> fp16 ONNX -> engine."""
+    """Checkpoint -> fp16 ONNX -> engine, by the commands."""
     folder = tmp_path_factory.mktemp("fp16")
     result = export(tiny_checkpoint, "--fp16", "-o", folder / "best.plan", *SMALL, "--max-batch", "4")
     return SimpleNamespace(result=result, folder=folder, plan=folder / "best.plan", onnx=folder / "best.onnx")
@@ -77,7 +77,7 @@ def test_from_checkpoint_to_fp16_engine(fp16: Any, tiny_checkpoint: Path) -> Non
 def test_the_onnx_file_of_an_engine_stays(
     fp16: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another model of its name is not replaced unasked; the same one, exported anew, is no reason to stop."""
+    """Another model of that name is only replaced with --force; the same model, exported again, is not an obstacle."""
     kept, plan = tmp_path / "best.onnx", tmp_path / "best.plan"
     arguments = ["--fp16", "-o", plan, *SMALL]
     shutil.copy(fp16.onnx, kept)
@@ -133,14 +133,14 @@ def test_types_that_the_parser_changed(tmp_path: Path) -> None:
 
 
 def broken_weight(model: onnx.ModelProto) -> None:
-    """A convolution whose weight has a channel too few."""
+    """A convolution whose weight lacks a channel."""
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "head.weight")
     values = numpy_helper.to_array(weight)[:, :-1]
     weight.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), weight.name))
 
 
 def mixed_types(model: onnx.ModelProto) -> None:
-    """A sum of float32 and float16, which a weakly typed builder would let pass."""
+    """A sum of float32 and float16, which a weakly typed builder would accept."""
     (last,) = (node for node in model.graph.node if node.output[0] == "output")
     last.output[0] = "before"
     half = numpy_helper.from_array(np.zeros(1, np.float16), "half_zero")
@@ -149,7 +149,7 @@ def mixed_types(model: onnx.ModelProto) -> None:
 
 
 def unknown_op(model: onnx.ModelProto) -> None:
-    """An op that no TensorRT knows and for which no plugin is registered."""
+    """An op that TensorRT does not know and for which no plugin is registered."""
     (last,) = (node for node in model.graph.node if node.output[0] == "output")
     last.output[0] = "before"
     model.graph.node.append(helper.make_node("Mystery", ["before"], ["output"], "mystery_node", domain="elsewhere"))
@@ -230,7 +230,7 @@ def test_both_files_or_neither(tiny_plan: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_parser_gets(tiny_onnx: Path) -> None:
-    """Without the plugin: standard ops only, same numbers. With it: nodes with their attributes and no body."""
+    """Without the plugin: standard ops only, same results. With it: nodes with their attributes, without a body."""
     model = onnx.load(tiny_onnx)
     assert len(filter_nodes(model)) == 2
     plain = onnx.load_from_string(for_tensorrt(model, with_plugin=False))
@@ -249,7 +249,7 @@ def test_what_the_parser_gets(tiny_onnx: Path) -> None:
     assert len(model.functions) == 1  # ours is untouched
     network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
-    assert not parser.parse(bare.SerializeToString())  # a plugin that is missing is an error, not a quiet slow path
+    assert not parser.parse(bare.SerializeToString())  # a missing plugin is an error, not a silent slow path
     assert "Plugin not found" in parser_error(parser)
 
 
@@ -274,9 +274,9 @@ def test_tensorrt_needs_a_gpu_and_a_plugin(tiny_onnx: Path, tmp_path: Path, monk
 
 @pytest.fixture
 def tensorrt_on_the_second_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """TensorRT's side of misf-build: RTX's builder, parser and config under its name, and a fake loader and inspector.
+    """TensorRT for misf-build: RTX's builder, parser and config under its name, with a fake loader and inspector.
 
-    What it makes must be made, and run, on cuda:1.
+    All of its objects must be created and used on cuda:1.
     """
     library = FakeCudart(gpus=2)
 
@@ -309,12 +309,12 @@ def tensorrt_on_the_second_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     module = SimpleNamespace(**{**vars(trt), **vars(runtime)})
     monkeypatch.setattr(engine_module, "load_flavor", lambda _name: Flavor("tensorrt", module, "10.13.3"))
     monkeypatch.setattr(engine_module, "CudaRuntime", lambda: CudaRuntime(library))
-    monkeypatch.setattr(engine_module, "_timing_cache", lambda *_: contextlib.nullcontext())  # RTX's config takes none
+    monkeypatch.setattr(engine_module, "_timing_cache", lambda *_: contextlib.nullcontext())  # RTX's config has none
     return library
 
 
 def test_tensorrt_build_on_another_gpu(tensorrt_on_the_second_gpu: Any, fp16: Any, tmp_path: Path) -> None:
-    """-v says what the inspector said, the side-car keeps it; its N/A for dynamic shapes fails nothing."""
+    """The inspector's findings are shown with -v and kept in the side-car; N/A for dynamic shapes is not a failure."""
     assert tensorrt_on_the_second_gpu.current == 0
     plan = tmp_path / "x.plan"
     result = build(fp16.onnx, "-o", plan, *SMALL, "--no-plugin", "--device", "cuda:1", "-v")
@@ -328,7 +328,7 @@ def test_tensorrt_build_on_another_gpu(tensorrt_on_the_second_gpu: Any, fp16: An
 
 
 def test_what_the_builder_is_asked_for() -> None:
-    """By RTX's own config; that it then builds is in all other tests."""
+    """According to RTX's config; the other tests show that it then builds."""
     flavor = Flavor("tensorrt-rtx", trt, trt.__version__)
     builder = trt.Builder(tensorrt_api.logger_of(flavor))
     assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
@@ -357,7 +357,7 @@ def test_lines_for_other_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_polygraphy_understands_its_line(tiny_onnx: Path, tmp_path: Path) -> None:
-    """All of it but TensorRT, in whose place ONNX Runtime runs a second time."""
+    """All of the command except TensorRT, which a second run of ONNX Runtime replaces."""
     limits = Limits((1, 64, 64), (1, 64, 80), (4, 512, 512))
     line = other_tools(Flavor("tensorrt", None, "10.3.0"), tiny_onnx, "fp32", tmp_path / "b.plan", limits, None)
     script = "import sys; from polygraphy.tools import main; sys.exit(main())"
@@ -368,7 +368,7 @@ def test_polygraphy_understands_its_line(tiny_onnx: Path, tmp_path: Path) -> Non
 
 
 INSPECTED = {
-    # Shortened from the layouts in NVIDIA's documents; no engine of ours has been inspected yet (docs/gpu-status.md).
+    # Shortened from NVIDIA's documentation; none of our engines has been inspected yet (docs/gpu-status.md).
     "TensorRT 10": {
         "Layers": [
             {
@@ -397,7 +397,7 @@ INSPECTED = {
     "names only": {"Layers": ["stem", "norm"], "Bindings": []},
 }
 NO_ANSWER = "N/A due to dynamic shapes"
-DYNAMIC = {  # as in public logs of TensorRT 8 to 10 for engines with a dynamic profile, which ours all are
+DYNAMIC = {  # as in public logs of TensorRT 8 to 10 for engines with a dynamic profile, like all of ours
     "Layers": [
         {
             "Name": "stem",
@@ -439,7 +439,7 @@ def test_inspector() -> None:
 
 
 def test_inspector_that_does_not_know() -> None:
-    """Unknown is not wrong: the types of the network are the proof then, unless weights or kernels tell."""
+    """Unknown types are not an error: then the network's types are the proof, unless weights or kernels have types."""
     unknown = json.loads(json.dumps(DYNAMIC).replace("Channel major FP16 format where channel % 8 == 0", NO_ANSWER))
     assert inspected_types(json.dumps(unknown)) == {"unknown": 6}
     for asked in ("fp16", "fp32"):
@@ -463,7 +463,7 @@ def test_inspected_layers() -> None:
 
 
 def test_progress_and_cancellation_inside_a_build(tiny_onnx: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """A bar gets TensorRT's phases; a build whose monitor says stop ends without a plan."""
+    """The bar shows TensorRT's phases; a build that its monitor cancels ends without a plan."""
     events: list[tuple[str, Any]] = []
     bar = SimpleNamespace(
         add_task=lambda title, total: events.append((title, total)) or title,
@@ -533,7 +533,7 @@ def test_ctrl_c_during_a_build(tiny_onnx: Path, tmp_path: Path) -> None:
 
 
 def test_timing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """TensorRT's, for which a GPU is needed, so with a stand-in for its builder config. RTX has none."""
+    """TensorRT's timing cache, with a stand-in for its builder config, which needs a GPU. RTX has no timing cache."""
     monkeypatch.setenv("MISF_HOME", str(tmp_path))
     flavor, machine = Flavor("tensorrt", None, "10.3.0"), engine_module._Machine("Orin", "8.7")
     given: list[bytes] = []

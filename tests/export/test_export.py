@@ -1,4 +1,4 @@
-"""The exported file, judged by onnx, ONNX's reference evaluator, ONNX Runtime and PyTorch."""
+"""The exported file, checked by onnx, ONNX's reference evaluator, ONNX Runtime and PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from misf.training.model.checkpoint import load_checkpoint, save_checkpoint
 from misf.training.model.network import InpaintingNetwork, composite, initialize
 
 TINY = PRESETS["misf-tiny"]
-# N, H, W: smaller than the network's smallest, one row, not multiples of four, a batch that is not square.
+# N, H, W: smaller than the network's minimum, one row, sides that are not multiples of four, a non-square batch.
 SIZES = [(1, 5, 7), (3, 1, 30), (1, 57, 91), (2, 48, 64)]
 
 
@@ -61,7 +61,7 @@ def test_any_size_equals_pytorch(tiny_onnx: Path, tiny_checkpoint: Path, size: t
 
 
 def test_reference_evaluator_runs_the_file(tiny_onnx: Path) -> None:
-    """ONNX's own evaluator, which knows neither our op nor ONNX Runtime's inlining."""
+    """ONNX's reference evaluator, which has neither our op nor ONNX Runtime's inlining."""
     image, mask = picture_and_mask(1, 13, 18)
     model = onnx.load(tiny_onnx)
     result = ReferenceEvaluator(model).run(None, {"image": image, "mask": mask})[0]
@@ -69,11 +69,11 @@ def test_reference_evaluator_runs_the_file(tiny_onnx: Path) -> None:
 
 
 def test_the_small_network_in_eight_bits_runs(tmp_path: Path) -> None:
-    """ONNX Runtime computes 8-bit convolutions in NHWC, and moves that layout into the filter's body."""
+    """ONNX Runtime computes 8-bit convolutions in NHWC, and extends this layout into the filter's body."""
     network = load_model(Path(training.__file__).parent / "weights" / "misf-small.safetensors")
     float32, eight_bits = tmp_path / "float32.onnx", tmp_path / "eight_bits.onnx"
     onnx.save(complete_model(core_model(network), network.config), float32)
-    # As in a user's process: with the exporter's schema, onnx would not infer types through the function body.
+    # As in a user's process, the schema is not registered; with it, onnx would not infer types through the body.
     onnx.defs.deregister_schema(onnx_op.OP_TYPE, onnx_op.DOMAIN_VERSION, onnx_op.DOMAIN)
     image, mask = picture_and_mask(1, 48, 64)
     feeds = iter([{"image": image, "mask": mask}])
@@ -112,7 +112,7 @@ def test_the_file_is_as_designed(tiny_onnx: Path, tiny_checkpoint: Path) -> None
     assert (metadata["misf.precision"], metadata["misf.checkpoint_sha256"]) == ("fp32", checkpoint.sha256)
     assert [function.name for function in model.functions] == ["DynamicFilter"]
     assert all(entry.version >= 18 for entry in model.opset_import if not entry.domain)
-    # The tracer's notes hold paths of the machine that exported.
+    # The tracer's metadata contains local paths.
     assert b"site-packages" not in tiny_onnx.read_bytes()
 
 
@@ -137,7 +137,7 @@ def test_other_configs(change: dict[str, Any]) -> None:
 
 
 def toy_core() -> onnx.ModelProto:
-    """conv_a -> norm -> conv_b with weights that make conv_a's output 1000 times its input's mean."""
+    """conv_a -> norm -> conv_b, with weights that make conv_a's output 1000 times the mean of its input."""
     rng = np.random.default_rng(0)
     weights = {
         "a": (np.full((2, 4, 1, 1), 250.0) + rng.random((2, 4, 1, 1))).astype(np.float32),
@@ -158,7 +158,7 @@ def toy_core() -> onnx.ModelProto:
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of every tensor, by ONNX's own inference, which fails where types clash."""
+    """Return the element type of every tensor from ONNX's type inference, which fails if types conflict."""
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     return {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
 
@@ -171,7 +171,7 @@ def test_calibration_finds_what_float16_cannot_hold() -> None:
     assert ranges["y"] == pytest.approx(np.abs(by_hand).max(), rel=1e-5)
     assert list(precision.float32_layers(core, ranges, limit=500.0)) == ["conv_a"]
     assert precision.float32_layers(core, ranges, limit=5000.0) == {}
-    # NaN anywhere is no small value.
+    # NaN does not count as a small value.
     assert list(precision.float32_layers(core, {**ranges, "out": float("nan")}, limit=5000.0)) == ["conv_b"]
 
 
@@ -186,7 +186,7 @@ def test_float16_typing() -> None:
     kept = precision.to_float16(toy_core(), ["conv_a"])
     assert types_of(kept)["y"] == full
     assert float_types(kept) == {"fp32": 1, "fp16": 1}
-    # Norm after a float32 layer needs no cast in between.
+    # There is no cast between a float32 layer and a norm.
     assert [node.op_type for node in kept.graph.node] == ["Conv", "InstanceNormalization", "Cast", "Conv", "Cast"]
 
 
@@ -267,7 +267,7 @@ def test_layers_out_of_range_are_kept_and_named(tiny_checkpoint: Path, tmp_path:
 
 
 def test_a_miss_writes_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An export that goes wrong: one weight differs from PyTorch's."""
+    """A failing export: one weight differs from PyTorch's."""
     output = tmp_path / "best.onnx"
     output.write_bytes(b"precious")
     core = core_model(load_model(tiny_checkpoint))
@@ -322,7 +322,7 @@ def test_bad_arguments(
 
 @pytest.mark.slow
 def test_the_published_network_in_onnx_runtime(tmp_path: Path) -> None:
-    """Full size, with the weights and the answers of the official generator."""
+    """Published sizes, with the weights and stored outputs of the official generator."""
     from ..training.golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
 
     with np.load(GOLDEN) as golden:

@@ -1,4 +1,4 @@
-"""The network that comes with misf: its ONNX file is what a fresh export makes, and its name stands for its files."""
+"""The network that comes with misf: its ONNX file equals a fresh export, and its name stands for its files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MASK = ROOT / "runtime/samples/masks/astronaut.png"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_file_is_what_an_export_makes(name: str, tmp_path: Path) -> None:
-    """Every node, and every weight to the bit. To make it anew:
+    """Every node, and every weight bit for bit. To update the file:
 
     misf-export --checkpoint misf-small --fp16 -o runtime/models/misf-small.onnx
     """

@@ -1,4 +1,4 @@
-"""misf-export --web: a whole folder or nothing, from npm's package or one that is there already."""
+"""misf-export --web: a complete folder or nothing, from a package that npm fetches or a local one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..support.tiny_models import foreign
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """What an unpacked onnxruntime-web has of what we take."""
+    """The files that we use of an unpacked onnxruntime-web."""
     folder = tmp_path / "package"
     (folder / "dist").mkdir(parents=True)
     (folder / "package.json").write_text('{"name": "onnxruntime-web", "version": "1.30.0"}')
@@ -47,7 +47,7 @@ def test_a_folder_has_the_page_the_network_and_what_runs_it(tmp_path: Path, pack
     assert page["network"]["precision"] == metadata["misf.precision"] == "fp16"
     assert page["network"]["checkpoint_sha256"] == metadata["misf.checkpoint_sha256"]
     assert page["network"]["working_size"] == 512
-    assert page["network"]["multiple"] == 16  # misf-small fills smoothly first, at a sixteenth
+    assert page["network"]["multiple"] == 16  # misf-small's smooth fill works at a sixteenth
     for name in (page["network"]["file"], *(page["network"]["runtime"][key] for key in ("script", "wasm"))):
         assert (site / name).is_file()
     for name in ("index.html", "style.css", "service-worker.js", "js/app.js", "samples/astronaut.jpg"):

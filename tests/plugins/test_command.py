@@ -1,4 +1,4 @@
-"""What all commands share."""
+"""The features of all commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_threads_that_wait_do_not_spin_unless_the_user_says_so(own: str | None, 
 
 
 def test_no_command_loads_pytorch_before_its_body_runs() -> None:
-    """Or the setting would come too late."""
+    """Otherwise the setting would come too late."""
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     commands = re.findall(r'^misf-\w+ = "(.*):main"$', pyproject, re.MULTILINE)
     assert len(commands) >= 8
@@ -63,7 +63,7 @@ def test_stdout_gets_the_bytes_of_any_name_and_a_closed_stderr_nothing() -> None
 
 
 def test_training_without_pytorch_is_one_line_that_names_the_extra(tmp_path: Path) -> None:
-    """As where only the base is installed: nothing of torch can be found."""
+    """As with only the base installed: torch cannot be found."""
     program = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -93,7 +93,7 @@ main(["--data", sys.argv[1], "--output", sys.argv[1] + "/run"])
 def test_an_extra_is_installed_from_where_misf_came(
     recorded: str | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As pip records it (PEP 610); a folder whose name has a space is quoted in the URL."""
+    """As recorded by pip (PEP 610); a space in the folder's name is quoted in the URL."""
     folder = tmp_path / "my misf"
     folder.mkdir()
     (folder / "pyproject.toml").touch()

@@ -1,4 +1,4 @@
-"""The op on CUDA tensors: what can be shown without a GPU, and (mark `gpu`) the kernels against the CPU reference."""
+"""The op on CUDA tensors: checks that need no GPU, and (mark `gpu`) the kernels against the CPU reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_kernels_interpreted() -> None:
 
 
 def compiled(kernel: Any, architecture: int, channels_last: bool, gradient: bool = False, far: bool = False) -> Any:
-    """Compile a kernel for a GPU that is not here, as MISF's feature filter in float16 calls it."""
+    """Compile a kernel for an absent GPU, for a call like that of MISF's feature filter in float16."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -58,7 +58,7 @@ def compiled(kernel: Any, architecture: int, channels_last: bool, gradient: bool
         "block": 256,
     }
     constants |= {"index": tl.int64 if far else tl.int32, "gradient": gradient}
-    unit = 1 if channels_last else 3  # the dimension of stride 1, which triton takes for a constant
+    unit = 1 if channels_last else 3  # the dimension of stride 1, which triton treats as a constant
     signature: dict[str, Any] = {}
     values: dict[tuple[int, ...], Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
@@ -82,7 +82,7 @@ def compiled(kernel: Any, architecture: int, channels_last: bool, gradient: bool
 
 @pytest.mark.parametrize("architecture", [80, 90, 120])
 def test_the_kernels_compile_for_gpus(architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """To machine code, without shared memory: no value changes its thread on the way."""
+    """It compiles to machine code without shared memory, so that no values move between threads."""
     needs_triton()
     from misf.plugins.dynamic_filter import triton_kernels as kernels
 
@@ -96,7 +96,7 @@ def test_the_kernels_compile_for_gpus(architecture: int, monkeypatch: pytest.Mon
     for made in (fours, planar, *others):
         assert made.asm["cubin"][:4] == b"\x7fELF"
         assert made.metadata.shared == 0
-    # Two outputs of a thread: taps of neighbouring pixels are read together, and so are a group's four features.
+    # Two outputs per thread: the taps of adjacent pixels are read together, as are the four features of a group.
     assert planar.asm["ptx"].count("ld.global.b32") >= 9
     assert fours.asm["ptx"].count("ld.global.v2.b32") == 2 * 9
     assert fours.asm["ptx"].count("ld.global.b16") == 2 * 9
@@ -174,7 +174,7 @@ def test_kernels_agree_with_the_cpu(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_tuned_kernels_agree_with_the_cpu() -> None:
-    """A call so large that block sizes are tried: whichever won."""
+    """A call that is large enough for block sizes to be tuned."""
     from .triton_check import check
 
     check((2, 64, 192, 192, 3, 4), torch.float16, "cuda")
@@ -182,7 +182,7 @@ def test_tuned_kernels_agree_with_the_cpu() -> None:
 
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits() -> None:
-    """Channels 2^30 elements apart, in 8 GiB of which little is touched."""
+    """Channels that are 2^30 elements apart, in 8 GiB of mostly unused memory."""
     from .triton_check import tensors
 
     features, taps, _grad = tensors((1, 4, 3, 5, 3, 4), torch.float16)
@@ -194,7 +194,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.gpu
 def test_the_op_uses_the_kernels() -> None:
-    """Through the public function: gradients, opcheck, odd strides, another stream, an unaligned view, a graph."""
+    """The public function: gradients, opcheck, odd strides, another stream, an unaligned view, a CUDA graph."""
     from misf.plugins.dynamic_filter import triton_kernels
 
     from .triton_check import tensors

@@ -23,13 +23,13 @@ CASES = [
     (2, 3, 1, 6, 3, 3),
     (1, 2, 3, 3, 7, 98),
 ]
-# Largest error allowed, relative to the sum of the products' sizes: one rounding to the storage type each of the
-# inputs and output, plus the float32 sum of up to 49 products.
+# Largest allowed error relative to the sum of the products' absolute values: one rounding of inputs and output to the
+# storage type, plus the float32 sum of up to 49 products.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-13}
 
 
 def numpy_filter(features: np.ndarray, taps: np.ndarray, k: int, share: int) -> np.ndarray:
-    """The definition in design words: a loop for every output channel and tap, in float64."""
+    """Return the filter by definition: a loop over all output channels and taps, in float64."""
     n, channels, height, width = features.shape
     padded = np.pad(features.astype(np.float64), ((0, 0), (0, 0), (k // 2,) * 2, (k // 2,) * 2))
     output = np.zeros((n, channels, height, width))
@@ -67,7 +67,7 @@ def test_matches_numpy(case: tuple[int, ...], dtype: torch.dtype, layout: str) -
 
 
 def test_float16_accumulates_in_float32() -> None:
-    """Nine products of 30000 leave float16's range on the way; the float32 sum comes back into it."""
+    """Sums of products of 30000 overflow float16 midway; the final float32 sum is in its range again."""
     features = torch.full((1, 1, 3, 3), 200.0, dtype=torch.float16)
     taps = torch.tensor([150.0] * 5 + [-150.0] * 4, dtype=torch.float16).view(1, 9, 1, 1).expand(1, 9, 3, 3)
     assert dynamic_filter(features, taps)[0, 0, 1, 1].item() == 30000.0
@@ -154,13 +154,13 @@ def test_onnx_nodes_must_agree_on_kernel_size() -> None:
 
 
 def test_onnx_plugin_attributes_are_there() -> None:
-    """TensorRT 10.15 and later takes the plugin instead of the body only with these."""
+    """TensorRT 10.15 and later only uses the plugin instead of the body with these attributes."""
     (node,) = onnx_op.filter_nodes(onnx_op.one_node_model(4, 3, 4))
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert attributes == {"kernel_size": 3, "share": 4, "plugin_namespace": b"misf", "plugin_version": b"1"}
 
 
 def test_onnx_function_body_suits_older_runtimes() -> None:
-    """ONNX Runtime up to 1.23 forgets the shape of `value_ints` constants inside functions (seen with 1.18 to 1.23)."""
+    """ONNX Runtime up to 1.23 loses the shape of `value_ints` constants inside functions (seen with 1.18 to 1.23)."""
     body = onnx_op.function_body(3)
     assert not [node for node in body.node for attribute in node.attribute if attribute.name == "value_ints"]

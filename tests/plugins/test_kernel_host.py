@@ -1,6 +1,6 @@
-"""The plugin's CUDA kernels, executed on the CPU from the very source that ships, against the reference in float64.
+"""The plugin's CUDA kernels, executed on the CPU from the shipped source, against the reference in float64.
 
-Also: nvcc compiles what ships for every GPU without spills.
+Also checks that nvcc compiles them for every GPU without spills.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ABSOLUTE = 5e-6
 CASES = [
     (1, 4, 1, 1, 3, 4),  # one pixel: all border
     (2, 8, 5, 7, 3, 4),  # odd
-    (1, 20, 3, 16, 3, 4),  # 20 channels: no multiple of the 16 that a channels-last thread makes
+    (1, 20, 3, 16, 3, 4),  # 20 channels, not a multiple of the 16 that a channels-last thread computes
     (2, 4, 35, 24, 3, 4),  # more rows than a block
     (1, 4, 2, 264, 3, 4),  # more columns than a block
     (1, 64, 9, 10, 3, 4),  # several blocks of channels; width for 4-byte accesses
@@ -38,7 +38,7 @@ CASES = [
     (3, 3, 18, 8, 3, 1),
     (2, 16, 33, 6, 3, 1),
     (1, 40, 4, 17, 3, 1),
-    (2, 3, 6, 5, 5, 1),  # no kernel of its own from here on
+    (2, 3, 6, 5, 5, 1),  # from here on without a specialised kernel
     (1, 2, 4, 3, 3, 2),
     (1, 8, 3, 4, 3, 8),
     (2, 5, 2, 3, 1, 5),
@@ -52,7 +52,7 @@ def paddings(layout: Layout, channels: int) -> list[int]:
 
 
 def lay(tensor: Tensor, layout: Layout, stride: int, place: str) -> Fenced:
-    """Put N,C,H,W values into memory in a layout; padding holds NaN, which must not get into any result."""
+    """Put N,C,H,W values into memory in a layout; padding is NaN, which must not reach any result."""
     if layout is Layout.PLANAR:
         return Fenced.holding(tensor, place)
     n, channels, height, width = tensor.shape
@@ -72,7 +72,7 @@ def unlay(data: Tensor, shape: tuple[int, ...], layout: Layout, stride: int) -> 
 
 
 class Problem:
-    """Random tensors of one case, and the result that is right."""
+    """Random tensors of one case, and the correct result."""
 
     def __init__(self, case: tuple[int, ...], dtype: torch.dtype) -> None:
         n, channels, height, width, self.kernel_size, self.share = case
@@ -84,7 +84,7 @@ class Problem:
 
 
 def variants(case: tuple[int, ...]) -> Iterator[tuple[Layout, str, int, int]]:
-    """Yield layout, place in memory, and the pixel strides of features (and output) and taps."""
+    """Yield layout, alignment in memory, and the pixel strides of features (and output) and taps."""
     channels, taps = case[1], case[1] * case[4] ** 2 // case[5]
     for layout in Layout:
         for feature_stride in paddings(layout, channels):
@@ -96,7 +96,7 @@ def variants(case: tuple[int, ...]) -> Iterator[tuple[Layout, str, int, int]]:
 def check(
     walker: ctypes.CDLL, problem: Problem, layout: Layout, place: str, strides: tuple[int, int], naive: bool
 ) -> Plan:
-    """Run one call in one layout; assert every element; return which kernel ran."""
+    """Run one call in one layout, check every element, and return the kernel that ran."""
     feature_stride, tap_stride = strides
     features = lay(problem.features, layout, feature_stride, place)
     taps = lay(problem.taps, layout, tap_stride, place)
@@ -129,7 +129,7 @@ def walker(request: pytest.FixtureRequest, folder: Path) -> tuple[ctypes.CDLL, t
 
 
 def test_every_kernel_agrees_with_the_reference(walker: tuple[ctypes.CDLL, torch.dtype]) -> None:
-    """Every layout, padding and alignment of every awkward size; and no kernel that ships is left out."""
+    """Every layout, padding and alignment of every awkward size, so that every shipped kernel runs."""
     library_, dtype = walker
     ran = set()
     for case in CASES:
@@ -146,7 +146,7 @@ def test_every_kernel_agrees_with_the_reference(walker: tuple[ctypes.CDLL, torch
 
 
 def test_the_referee_agrees_with_the_reference(walker: tuple[ctypes.CDLL, torch.dtype]) -> None:
-    """The naive kernels, asked for where a fast one exists."""
+    """The naive kernels, in cases for which there is a fast one."""
     library_, dtype = walker
     for case in CASES[1:3] + CASES[6:8]:
         problem = Problem(case, dtype)
@@ -156,7 +156,7 @@ def test_the_referee_agrees_with_the_reference(walker: tuple[ctypes.CDLL, torch.
 
 @pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name.lower())
 def test_offsets_beyond_32_bits(layout: Layout, folder: Path) -> None:
-    """The last block of 3 x 4 x 16384 x 16384 values: 3.2e9 elements, 7.2e9 taps, in memory mostly untouched."""
+    """The last block of 3 x 4 x 16384 x 16384 values: 3.2e9 elements and 7.2e9 taps, in mostly unused memory."""
     dtype, sides, crop = torch.float16, (3, 4, 16384, 16384), (4, 8)
     n, channels, height, width = sides
     taps_channels = 9
@@ -189,7 +189,7 @@ def test_offsets_beyond_32_bits(layout: Layout, folder: Path) -> None:
 
 
 def test_plans_cover_the_output(folder: Path) -> None:
-    """Grids for sizes from nothing to too much: what the blocks make is at least the output, or there is no grid."""
+    """For sizes from zero to too large, the blocks of a grid cover the output, or there is no grid."""
     walker = library(torch.float16, folder)
     for sides in [(0, 4, 8, 8), (1, 4, 0, 8)]:
         assert plan(walker, Layout.PLANAR, Shape.of(sides, 3, 4)).grid == (0, 0)
@@ -206,7 +206,7 @@ def test_plans_cover_the_output(folder: Path) -> None:
             assert shape.column_tiles * columns * wide >= width
             assert shape.row_tiles * (rows >> shape.column_bits) >= height
             assert found.grid[1] * groups * per_thread >= channels
-    # More groups than a grid has rows: one thread for every element. More elements than a grid holds: none.
+    # More groups than a grid has rows: one thread per element. More elements than a grid can hold: no grid.
     assert plan(walker, Layout.PLANAR, Shape.of((1, 300000, 8, 8), 3, 4)) == Plan(False, 1, (300000 * 64 // 256, 1))
     assert plan(walker, Layout.PLANAR, Shape.of((1 << 30, 4, 1 << 20, 1 << 19), 3, 1)).grid == (0, 0)
 
@@ -218,7 +218,7 @@ EVERYTHING = os.environ.get("MISF_ALL_ARCHITECTURES") == "1"
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_nvcc_compiles_without_spills(tmp_path: Path) -> None:
-    """What ships, for the oldest, a middle and the newest GPU; with MISF_ALL_ARCHITECTURES=1 for all."""
+    """The shipped source, for the oldest, a middle and the newest GPU; for all with MISF_ALL_ARCHITECTURES=1."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).is_file():
         pytest.skip("NOT PROVED: nvcc did not compile the CUDA kernels, because it is not installed")

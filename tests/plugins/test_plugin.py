@@ -1,10 +1,10 @@
-"""The TensorRT plugin: built, driven without TensorRT, found and created by TensorRT for RTX.
+"""The TensorRT plugin: building it, running it without TensorRT, and loading it in TensorRT for RTX.
 
 Every run compiles it with g++ against the declarations beside this file, with the kernels for the CPU, and executes it.
-Where there are nvcc and NVIDIA's headers, it is built as users build it, too.
+With nvcc and NVIDIA's headers, it is also built as users build it.
 
-MISF_TENSORRT_HEADERS: folders with TensorRT headers (or unpacked TensorRTs), separated by colons; best several
-versions, as 10.3, 10.13 and 11.1. MISF_RTX_PYTHON: a Python that has tensorrt_rtx, where this one has not.
+MISF_TENSORRT_HEADERS: folders with TensorRT headers (or unpacked TensorRTs), separated by colons; ideally several
+versions, such as 10.3, 10.13 and 11.1. MISF_RTX_PYTHON: a Python with tensorrt_rtx, if this one does not have it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CXX = os.environ.get("CXX", "g++")
 
 
 def run(*command: object, **settings: object) -> subprocess.CompletedProcess[str]:
-    """Run a command; what it says is in the result, and its failure a failure of the test."""
+    """Run a command and return its result with the output; fail the test if it fails."""
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **settings)  # type: ignore[call-overload]
     assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result  # type: ignore[no-any-return]
 
 
 def cuda_home() -> Path:
-    """Return the CUDA toolkit; skips loudly without one."""
+    """Return the CUDA toolkit, or skip with a reason if there is none."""
     nvcc = shutil.which("nvcc")
     homes = [
         Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")),
@@ -104,7 +104,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def kernels_for_gpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """What to link for one GPU; the kernels do not depend on TensorRT's headers."""
+    """The objects to link for one GPU; the kernels do not depend on TensorRT's headers."""
     home, target = cuda_home(), tmp_path_factory.mktemp("kernels") / "launch.o"
     options = ["-std=c++17", "-O3", f"-arch={gpu_architecture()}", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     run(home / "bin" / "nvcc", *options, "-c", KERNELS / "launch.cu", "-o", target)
@@ -114,7 +114,7 @@ def kernels_for_gpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 @pytest.fixture(scope="module")
 def kernels_for_cpu(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """What to link for the CPU. Undefined behaviour, a misaligned access say, ends the process."""
+    """The objects to link for the CPU. Undefined behaviour, such as a misaligned access, ends the process."""
     folder = tmp_path_factory.mktemp("kernels")
     source, launches = re.subn(r"<<<(.*?)>>>", r" << misf_host::On(\1)", (KERNELS / "launch.cu").read_text())
     assert launches == 1
@@ -158,7 +158,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def virtual_tables(headers: Path, program: Path) -> list[str]:
-    """Return where the interface's virtual functions stand, after the compiler has checked all else about it."""
+    """Return the positions of the interface's virtual functions, after the compiler has checked everything else."""
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", include_folder(headers)]
     for place in cuda_headers():
         flags += ["-isystem", place]
@@ -168,12 +168,12 @@ def virtual_tables(headers: Path, program: Path) -> list[str]:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="agreement.cpp reads pointers to members as x86-64 has them")
 def test_our_declarations_are_nvidias(tmp_path: Path) -> None:
-    """Values, layouts, signatures and the order of virtual functions; with NVIDIA's headers where they are at hand."""
+    """Values, layouts, signatures and the order of virtual functions, compared with NVIDIA's headers if available."""
     ours = virtual_tables(DECLARATIONS, tmp_path / "ours")
     assert len(ours) == 32
     for headers in HEADERS:
         theirs = virtual_tables(headers, tmp_path / "theirs")
-        # The logger and the registry, which come last, are not the same in version 10.
+        # The logger and the registry, which come last, differ in version 10.
         assert theirs == (ours if version_of(headers) >= (11, 0) else ours[:27])
     if not HEADERS:
         pytest.skip("NOT PROVED: our declarations were not compared with NVIDIA's headers: set MISF_TENSORRT_HEADERS")
@@ -193,9 +193,9 @@ def needed(path: Path) -> set[str]:
 
 
 def test_what_is_linked_and_exported(built: Built) -> None:
-    """No libnvinfer, no libcudart; exactly the two functions that TensorRT looks up.
+    """The library does not link libnvinfer or libcudart, and exports exactly the two functions that TensorRT looks up.
 
-    What the library was built for is in a section of the file rather than in a third function, so that it can be read,
+    The information about the build is in a section of the file rather than in a third function, so that it can be read,
     and a mismatch refused, before any of its code runs.
     """
     system = {"libc.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "ld-linux-x86-64.so.2"}
@@ -216,7 +216,7 @@ NO_GPU = {**os.environ, "MISF_FAKE_LAUNCH_ERROR": "100"}  # cudaErrorNoDevice, a
 
 
 def test_harness_without_tensorrt(built: Built) -> None:
-    """Creator, attributes, shapes, formats, serialisation, clones, wrong calls; reasons go to stderr."""
+    """Creator, attributes, shapes, formats, serialisation, clones and wrong calls; errors go to stderr."""
     result = run(built.harness, built.loadable, env=NO_GPU)
     assert "FAIL" not in result.stdout
     assert result.stdout.count("ok  ") >= 40
@@ -229,11 +229,11 @@ def test_harness_without_tensorrt(built: Built) -> None:
 
 
 def test_harness_with_tensorrts_logger(built: Built) -> None:
-    """Where a TensorRT of the right major is loaded, reasons go to its logger, and stderr stays silent."""
+    """If a TensorRT of the right major version is loaded, errors go to its logger and not to stderr."""
     result = run(built.harness, built.loadable, built.fake, env=NO_GPU)
     assert "FAIL" not in result.stdout
     assert "ok   every refusal is an error in TensorRT's log" in result.stdout
-    # The last refusal of the harness comes without a logger.
+    # The last error of the harness comes without a logger.
     assert len(result.stderr.splitlines()) == 2
 
 
@@ -246,7 +246,7 @@ print(fake.misf_fake_registrations() if fake else "none")
 
 
 def test_the_twin_registers_itself(built: Built) -> None:
-    """With TensorRT loaded before it; otherwise, and in another major, it says so and does nothing."""
+    """It registers if TensorRT is already loaded; otherwise, and with another major version, it only logs an error."""
 
     def load(fake: Path | str, **environment: str) -> tuple[str, str]:
         command = (sys.executable, "-c", REGISTER, fake, built.twin)
@@ -264,7 +264,7 @@ def test_the_twin_registers_itself(built: Built) -> None:
 
 
 def memory_of(tensor: torch.Tensor, name: str) -> bytes:
-    """Return N,C,H,W values as bytes in a format; HWC8 rounds channels up to 8, and its padding is NaN."""
+    """Return N,C,H,W values as bytes in a format; HWC8 pads to a multiple of 8 channels, here with NaN."""
     if name != "hwc8_half":
         return tensor.contiguous().numpy().tobytes()
     n, channels, height, width = tensor.shape
@@ -310,13 +310,13 @@ def check_enqueue(command: list[object], name: str, case: tuple[int, ...], folde
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_enqueue_on_the_cpu(built: Built, name: str, case: tuple[int, ...], tmp_path: Path) -> None:
-    """The creator's plugin through build, clone, plan and context to enqueue; the kernels are the ones that ship."""
+    """The creator's plugin through build, clone, plan and context to enqueue, with the shipped kernels."""
     check_enqueue([built.harness, built.loadable], name, case, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def gpu_harness(built: Built) -> Path:
-    """The harness with the part that runs enqueue on a GPU."""
+    """The harness, including the part that runs enqueue on a GPU."""
     harness = built.folder / "gpu_harness"
     options = ["-std=c++17", "-DMISF_WITH_GPU", "-x", "cu", "-isystem", include_folder(built.headers)]
     run(cuda_home() / "bin" / "nvcc", *options, HERE / "harness.cpp", "-o", harness, "-ldl")
@@ -324,7 +324,7 @@ def gpu_harness(built: Built) -> Path:
 
 
 def watched() -> list[str]:
-    """Return the command that runs a program under compute-sanitizer, if MISF_SANITIZER=1 asks for it."""
+    """Return the command that runs a program under compute-sanitizer if MISF_SANITIZER=1."""
     if os.environ.get("MISF_SANITIZER") != "1":
         return []
     sanitizer = shutil.which("compute-sanitizer")
@@ -395,7 +395,7 @@ def one_node_model(path: Path, kernel_size: int, share: int) -> Path:
 def test_tensorrt_for_rtx_creates_the_plugin(built: Built, tmp_path: Path) -> None:
     """The node with function body and plugin attributes becomes the plugin, with its attributes.
 
-    TensorRT for RTX cannot put a plugin into a network and ends the process after it was created: the log is the proof.
+    TensorRT for RTX cannot use plugins and ends the process after creating one, so the log is the proof.
     """
     python = rtx_python()
 
@@ -408,7 +408,7 @@ def test_tensorrt_for_rtx_creates_the_plugin(built: Built, tmp_path: Path) -> No
     assert "loaded True" in log
     assert "Successfully created plugin: DynamicFilter" in log
     assert "misf plugin:" not in log
-    # The values arrive: a kernel_size that only the plugin refuses is refused by it.
+    # The values reach the plugin: a kernel_size that only the plugin refuses is refused by it.
     log = parse(one_node_model(tmp_path / "wrong.onnx", 2, 4))
     assert "kernel_size must be odd and from 1 to 101, got 2" in log
     assert "Successfully created plugin" not in log
@@ -419,7 +419,7 @@ def test_tensorrt_for_rtx_creates_the_plugin(built: Built, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_build_path_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """misf-plugin build with CMake, and everything that finds and describes what it made."""
+    """misf-plugin build with CMake, and everything that finds and describes the libraries."""
     cuda_home()
     if not HEADERS:
         pytest.skip("NOT PROVED: misf-plugin build was not run: set MISF_TENSORRT_HEADERS")
@@ -463,7 +463,7 @@ def test_build_path_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_fetching_headers(tmp_path: Path) -> None:
-    """CMake fetches include/ of one commit, here from a repository beside it; and knows which versions it can."""
+    """CMake fetches include/ of one commit, here from a local repository, and rejects unknown versions."""
     home = cuda_home()
     if shutil.which("cmake") is None or shutil.which("git") is None:
         pytest.skip("NOT PROVED: fetching headers was not run, because cmake or git is not installed")
@@ -545,7 +545,7 @@ def test_a_damaged_library(tmp_path: Path) -> None:
 
 
 class Registry:
-    """What library.load_library uses of TensorRT's registry."""
+    """The part of TensorRT's registry that library.load_library uses."""
 
     def __init__(self, *, registered: bool = False, loads: bool = True) -> None:
         self.registered, self.loads, self.calls = registered, loads, list[str]()
@@ -560,7 +560,7 @@ class Registry:
 
 
 def test_loading(tmp_path: Path) -> None:
-    """Loaded once, never into a TensorRT of another major, and a refusal is an error."""
+    """It is loaded once, never into a TensorRT of another major version, and a refusal is an error."""
     path = tmp_path / "libmisf_trt10.so"
     fields = {"misf": "0", "kind": "loadable", "tensorrt": "10.3", "cuda": 12060, "architectures": "87-real"}
     path.write_bytes(b"\x7fELF....misf-plugin " + json.dumps(fields).encode() + b"\0more")

@@ -1,7 +1,7 @@
-"""Triton's kernels against the reference in float64: on a GPU, or, interpreted, on a CPU.
+"""Triton's kernels against the reference in float64, on a GPU or, interpreted, on a CPU.
 
-TRITON_INTERPRET=1 python -m tests.plugins.triton_check: a process of its own, because triton reads the variable when
-it is imported.
+TRITON_INTERPRET=1 python -m tests.plugins.triton_check runs it in a separate process, because triton reads the variable
+when it is imported.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 from misf.plugins.dynamic_filter import triton_kernels
 from misf.plugins.dynamic_filter.op import dynamic_filter
 
-# N, C, H, W, K, R: one pixel, odd sizes, H unlike W, groups of 1 to 4 channels, filters of 1, 3 and 5; the last two
-# take several tiles of pixels, and of groups.
+# N, C, H, W, K, R: one pixel, odd sizes, H different from W, groups of 1 to 4 channels, filter sizes 1, 3 and 5; the
+# last two need several tiles of pixels and of groups.
 CASES = (
     (1, 4, 1, 1, 3, 4),
     (2, 8, 5, 7, 3, 4),
@@ -22,13 +22,13 @@ CASES = (
     (1, 3, 9, 16, 3, 1),
     (1, 132, 1, 5, 1, 4),
 )
-# One rounding to the storage type of sums that are made in float32.
+# One rounding of float32 sums to the storage type.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1.6e-2, 1e-3)}
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 def tensors(case: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return random features, taps and gradient to the output."""
+    """Return random features, taps and gradient of the output."""
     n, channels, height, width, kernel_size, share = case
     generator = torch.Generator().manual_seed(sum(case))
     sizes = (channels, channels * kernel_size**2 // share, channels)
@@ -37,7 +37,7 @@ def tensors(case: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 
 
 def check(case: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
-    """Compare output and gradients in both layouts; the gradient to the output comes as N,C,H,W."""
+    """Compare output and gradients in both layouts; the gradient of the output is N,C,H,W."""
     kernel_size, share = case[4:]
     originals = tensors(case, dtype)
     exact = [tensor.double().requires_grad_() for tensor in originals[:2]]

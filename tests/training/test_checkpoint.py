@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, and every wrong file is told apart without running its code."""
+"""Checkpoints: files round-trip, and every wrong file gets the right message without running its code."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def official_state() -> dict[str, torch.Tensor]:
-    """Names and shapes of an official generator, all zeros, without copying anything official."""
+    """Return a state dict with the names and shapes of an official generator, all zeros."""
     with torch.device("meta"):
         ours = InpaintingNetwork(NetworkConfig()).state_dict()
     state = {
@@ -92,7 +92,7 @@ def official_state() -> dict[str, torch.Tensor]:
 
 
 def wrong_files() -> dict[str, tuple[Any, str]]:
-    """Content to torch.save (bytes: as they are), and the expected words."""
+    """Return contents for torch.save (bytes are written unchanged), and the expected message."""
     state = official_state()
     first = "encoder0.1.weight"
     less = {name: value for name, value in state.items() if name != first}
@@ -153,8 +153,8 @@ def test_official_layouts_that_are_accepted(tmp_path: Path, form: str) -> None:
 def test_weights_alone_are_recognised_and_what_lies_beside_them_is_left_out(
     tmp_path: Path,
 ) -> None:
-    """A plain state dict, one of a wrapped and compiled network, and a Lightning checkpoint with its settings."""
-    from lightning_fabric.utilities.data import AttributeDict  # what Lightning keeps a module's settings in
+    """A plain state dict, one of a wrapped and compiled network, and a Lightning checkpoint with settings."""
+    from lightning_fabric.utilities.data import AttributeDict  # Lightning's class for a module's settings
 
     with torch.device("meta"):
         names = InpaintingNetwork(PRESETS["misf-tiny"]).state_dict()
@@ -217,7 +217,7 @@ def test_official_weights_load_from_safetensors_and_from_a_compiled_network(tmp_
 
 def test_torchscript_is_told_as_what_it_is(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch gives TorchScript up
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
     with pytest.raises(MisfError, match="is a TorchScript program, expected weights"):
         load_checkpoint(tmp_path / "script.pt")

@@ -1,4 +1,4 @@
-"""Training data: found, decoded, cropped, and the same for the same seed and index whatever happened before."""
+"""Training data: finding, decoding and cropping pictures; samples depend on the seed and the index only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def turned_exif() -> Image.Exif:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Six pictures in a folder tree, among them files that are none."""
+    """Six pictures in a folder tree, among other files."""
     for number, name in enumerate(("b.png", "a.JPG", "deep/c.png", "deep/er/d.webp", "e.bmp", "f.tif")):
         save(tmp_path / "data" / name, 40 + number, 50, number)
     (tmp_path / "data" / "notes.md").write_text("none")
@@ -54,13 +54,13 @@ def names(paths: list[Path], root: Path) -> list[str]:
 def test_a_folder_tree_is_searched_in_order(tree: Path) -> None:
     expected = ["a.JPG", "b.png", "deep/c.png", "deep/er/d.webp", "e.bmp", "f.tif"]
     assert names(picture_paths(tree), tree) == expected
-    (tree / "deep" / "loop").symlink_to(tree)  # a link back up must not run for ever
+    (tree / "deep" / "loop").symlink_to(tree)  # a link to a parent must not cause an endless loop
     assert {Path(name).name for name in names(picture_paths(tree), tree)} == {Path(name).name for name in expected}
 
 
 @pytest.mark.parametrize("style", ["official", "lines", "windows"])
 def test_lists(tree: Path, style: str) -> None:
-    """The official lists are a JSON array in a .txt; paths are relative to the list, or absolute."""
+    """The official lists are JSON arrays in .txt files; paths are relative to the list, or absolute."""
     entries = ["deep/c.png", str(tree / "b.png"), "./e.bmp"]
     path = tree / "list.txt"
     if style == "official":
@@ -129,7 +129,7 @@ def test_large_pictures_are_shrunk_to_the_short_side_and_small_ones_kept(tmp_pat
     expected = np.asarray(photograph.resize((96, 64), Image.Resampling.LANCZOS), float)
     shrunk = read_picture(path, 64)
     assert shrunk.shape == expected.shape
-    # The JPEG decoder has left out detail first, so not equal, but the same picture.
+    # Not equal, because the JPEG decoder has already reduced the size, but nearly so.
     assert np.abs(shrunk - expected).mean() < 2
     save(path, 300, 410, exif=turned_exif())
     assert read_picture(path, 64).shape == (87, 64, 3)  # 64 * 410 / 300, although the decoder quartered it to 75 x 103
@@ -150,9 +150,9 @@ def test_corrupt_pictures_are_reported_once_and_skipped(tree: Path, caplog: pyte
     assert len(lines) == 2
     assert all("\n" not in line for line in lines)
     assert {path.name for path in pictures.bad} == {"y_empty.png", "z_truncated.jpg"}
-    # No grey or half-filled crop got through: every pixel row of the pictures is noise.
+    # There is no grey or partly filled crop: every row of the pictures is noise.
     assert min(crop.std(axis=(1, 2)).min() for crop in crops) > 20
-    # What stands in for a bad one is decided by seed and index, cached or not, and in any order.
+    # The replacement of a bad picture depends only on seed and index, not on the cache or the order.
     fresh = TrainingSamples(Pictures(paths, cache_bytes=0), RandomMasks(), crop=16, seed=1)
     for index in reversed(range(64)):
         assert np.array_equal(fresh.sample_bytes(index)[0], crops[index])
@@ -222,7 +222,7 @@ def test_seed_and_index_decide_so_a_run_resumes_exactly(tree: Path) -> None:
 
 
 def test_zoom_and_small_pictures(tmp_path: Path) -> None:
-    """A ramp stays a ramp whatever is cropped and resized: its slope tells the zoom."""
+    """A ramp stays a ramp when it is cropped and resized, and its slope shows the zoom."""
     ramp = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 100, axis=0).repeat(3, axis=2)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     slopes = []
@@ -290,7 +290,7 @@ def test_the_cache_has_a_limit(tree: Path) -> None:
 
 
 def test_a_mask_file_is_the_same_hole_for_training_as_for_filling(tmp_path: Path) -> None:
-    """White paint on a clear layer, 16 bits, a colour that is clear, a picture turned by EXIF: by one rule."""
+    """The same rules apply to white paint on a transparent layer, 16 bits, a transparent colour and EXIF rotation."""
     hole = np.zeros((30, 40), np.bool_)
     hole[4:11, 20:33] = True
     white = np.full_like(hole, 255, np.uint8)

@@ -1,4 +1,4 @@
-"""misf-eval and what it measures on: crops, seeded masks, every kind of model, bad data."""
+"""misf-eval: crops, seeded masks, every kind of model, and bad data."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_masks_depend_on_seed_and_picture_alone(folder: Path) -> None:
     assert all(np.array_equal(a.hole, b.hole) for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a.hole, b.hole) for a, b in zip(first, other, strict=True))
     assert len({case.hole.tobytes() for case in first}) == 9
-    # A subset sees what the whole set sees.
+    # A subset has the same masks as the whole set.
     subset = all_cases(folder, per_band=2)
     assert [case.name for case in subset[::3]] == ["astronaut.png", "coffee.png"]
     assert all(np.array_equal(a.hole, b.hole) for a, b in zip(subset, first[:3] + first[6:], strict=True))
@@ -85,7 +85,7 @@ def test_mask_files_are_grouped_by_their_area(folder: Path, tmp_path: Path) -> N
         Image.fromarray(grey).save(tmp_path / f"{percent}.png")
     found = all_cases(folder, masks=MaskFolder(picture_paths(tmp_path)))
     shares = [(case.band, round(100 * case.hole.mean())) for case in found]
-    # None has 20-40 %, and 90 % is in no band; the two small ones take turns.
+    # No mask has 20-40 %, and 90 % is in no band; the two small masks take turns.
     small = [share for band, share in shares if band == BANDS[0]]
     assert small == pytest.approx([10, 15, 10], abs=1)
     assert [band for band, _ in shares] == [BANDS[0], BANDS[2]] * 3
@@ -134,7 +134,7 @@ def test_command(folder: Path, tiny_checkpoint: Path, tiny_onnx: Path) -> None:
     assert names == [tiny_checkpoint.name, tiny_onnx.name, "telea", "navier-stokes", "biharmonic"]
     torch_, onnx, telea = (document["methods"][i]["bands"]["40-60%"] for i in range(3))
     assert torch_["psnr_db"] == pytest.approx(onnx["psnr_db"], abs=0.01)
-    assert telea["psnr_db"] > torch_["psnr_db"] + 1  # untrained weights: the measure tells them apart
+    assert telea["psnr_db"] > torch_["psnr_db"] + 1  # the metric separates untrained weights from a classical method
     assert str(folder) not in result.stdout
     again = json.loads(run(*arguments, "--backend", "onnxruntime", "--json").stdout)
     for one, two in zip(document["methods"], again["methods"], strict=True):
@@ -202,7 +202,7 @@ def test_mistakes_are_one_line(folder: Path, arguments: tuple[str, ...], code: i
 
 @pytest.mark.slow
 def test_official_checkpoints(tmp_path: Path) -> None:
-    """The official network's stored answer comes back, as nearly as an 8-bit input allows."""
+    """The result is the official network's stored output, up to the rounding of an 8-bit input."""
     with np.load(GOLDEN) as golden:
         shapes = {
             str(name): tuple(int(side) for side in shape if side)

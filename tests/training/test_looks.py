@@ -1,4 +1,4 @@
-"""The recipe `looks` and its parts: feature distance, patches, samples on the device, runs by the clock, measures."""
+"""The recipe `looks` and its parts: feature distance, patches, resident samples, runs by the clock, and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from misf.training.resident import ResidentSamples
 from misf.training.train_cli import main
 from misf.training.trainer import Trainer, make_fabric
 
-# Kernel size, stride, inputs, widened channels and outputs of lite0's first blocks, as the package's file has them.
+# Kernel size, stride, input, expanded and output channels of lite0's first blocks in the package's file.
 LITE0 = [
     (3, 1, 32, 32, 16),
     (3, 2, 16, 96, 24),
@@ -80,7 +80,7 @@ def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference_features(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Return the features by unfused convolutions and batch norms, padded as TensorFlow's SAME is defined."""
+    """Return the features, computed with separate convolutions and batch norms and TensorFlow's SAME padding."""
 
     def layer(x: Tensor, conv: str, norm: str, stride: int = 1, groups: int = 1) -> Tensor:
         weight = state[f"{conv}.weight"]
@@ -149,7 +149,7 @@ def test_only_touched_patches_are_false() -> None:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures in which every pixel is told from every other by its colour."""
+    """Pictures in which every pixel has a different colour."""
     folder = tmp_path_factory.mktemp("photographs")
     for number in range(3):
         rng = np.random.default_rng(number)
@@ -226,7 +226,7 @@ def test_the_discriminator_begins_after_its_share_and_the_clock_ends_the_run(
 
 def test_a_run_by_the_clock_goes_on_where_it_stopped(photographs: Path, lite0: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    first = train(photographs, lite0, output, "--steps", "3", "--stop-after", "1")  # the start alone takes longer
+    first = train(photographs, lite0, output, "--steps", "3", "--stop-after", "1")  # starting takes longer than that
     assert len(first) == 1
     result = CliRunner().invoke(main, ["--resume", "--output", str(output), "--device", "cpu"])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Losses and discriminator against plain formulas, NumPy's and PyTorch's."""
+"""Losses and discriminator against plain formulas in NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_ssim_loss_is_scikit_images_on_the_composite() -> None:
             use_sample_covariance=False,
             full=True,
         )
-        expected.append(similarity[:, 5:-5:2, 5:-5:2].mean())  # windows that fit, every other one
+        expected.append(similarity[:, 5:-5:2, 5:-5:2].mean())  # every other window that fits
     exact = np.log(1 - np.array(expected) + 1e-3).mean()
     assert float(losses.ssim_loss(prediction, image, mask)) == pytest.approx(exact, rel=1e-6)
 
@@ -132,7 +132,7 @@ def test_gram_is_its_formula() -> None:
 
 
 def torchvision_state() -> dict[str, Tensor]:
-    """Small random numbers under the names and shapes of torchvision's vgg19 (its configuration "E", by index)."""
+    """Return small random weights with the names and shapes of torchvision's vgg19 (configuration "E", by index)."""
     generator = torch.Generator().manual_seed(0)
     shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128)}
     shapes |= dict.fromkeys((12, 14, 16), (256, 256)) | {19: (512, 256)}
@@ -151,7 +151,7 @@ def test_vgg19_features_are_those_of_torchvisions_layers() -> None:
     vgg.load_state_dict(vgg19.vgg19_weights(state))
     image = torch.rand(1, 3, 32, 40, generator=torch.Generator().manual_seed(1))
     x = (image - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    # torchvision's features in order: convolution and ReLU count two, a pool one.
+    # In torchvision's features, a convolution with its ReLU takes two indices and a pool one.
     outputs = {}
     for index in range(36):
         if index in (4, 9, 18, 27):
@@ -189,7 +189,7 @@ def test_discriminator_sees_70_pixels_and_has_unit_norms() -> None:
     torch.manual_seed(0)
     judge = PatchDiscriminator(width=8)
     image = torch.rand(1, 3, 160, 128, requires_grad=True)
-    for _ in range(30):  # power iterations: they need some steps to find the largest singular value
+    for _ in range(30):  # the power iteration needs some steps to find the largest singular value
         scores, features = judge(image)
     assert scores.shape == (1, 1, 18, 14)
     assert [layer.shape[1] for layer in features] == [8, 16, 32, 64]

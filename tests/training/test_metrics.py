@@ -1,4 +1,4 @@
-"""Metrics against other libraries: SciPy for SSIM, torchmetrics for LPIPS, else NumPy; the peers by behaviour."""
+"""Metrics against SciPy (SSIM), torchmetrics (LPIPS) and NumPy, and the behaviour of the classical methods."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_psnr_and_l1_against_numpy(truth: Picture, noisy: Picture, hole: NDArray
     assert measured["psnr_db"] == pytest.approx(20 * np.log10(255 / np.sqrt((error**2).mean())), abs=1e-9)
     assert measured["hole_psnr_db"] == pytest.approx(20 * np.log10(255 / np.sqrt((error[hole] ** 2).mean())), abs=1e-9)
     assert measured["l1_percent"] == pytest.approx(100 * np.abs(error / 255).mean(), abs=1e-9)
-    # The known pixels dilute the error by the hole's share, no more and no less.
+    # The known pixels dilute the error exactly by the hole's fraction.
     assert measured["psnr_db"] - measured["hole_psnr_db"] == pytest.approx(-10 * np.log10(hole.mean()), abs=1e-9)
     assert psnr_db(truth, truth) == 100.0
     assert l1_percent(np.zeros_like(truth), np.full_like(truth, 255)) == pytest.approx(100.0)
 
 
 def test_ssim_by_its_definition(truth: Picture, noisy: Picture) -> None:
-    """Wang et al. (2004), equation 13: an 11x11 Gaussian window, and no value where it hangs over the border."""
+    """Wang et al. (2004), equation 13: an 11x11 Gaussian window, only where it lies within the picture."""
     distance = np.arange(-5, 6) ** 2
     window = np.exp(-(distance[:, None] + distance) / (2 * 1.5**2))
 
@@ -75,7 +75,7 @@ def test_paste(truth: Picture, hole: NDArray[np.bool_]) -> None:
     assert result.dtype == np.uint8
     assert np.array_equal(result[~hole], truth[~hole])
     assert np.abs(result[hole] - np.clip(filling[hole], 0, 1) * 255).max() <= 0.5001
-    filling[~hole] = np.nan  # what was not asked for may be anything
+    filling[~hole] = np.nan  # values outside the hole do not matter
     assert np.array_equal(paste(truth, filling, hole), result)
     filling[tuple(np.argwhere(hole)[0])] = np.inf
     with pytest.raises(ValueError, match="not finite"):
@@ -91,13 +91,18 @@ def test_means() -> None:
 def test_peers_fill_from_what_is_known_only(name: str, truth: Picture, hole: NDArray[np.bool_]) -> None:
     fill = PEERS[name]
     hole = hole.copy()
-    hole[:3], hole[-3:], hole[:, :3], hole[:, -3:] = False, False, False, False  # see the note on OpenCV in peers.py
+    hole[:3], hole[-3:], hole[:, :3], hole[:, -3:] = (
+        False,
+        False,
+        False,
+        False,
+    )  # see the note on OpenCV in baselines.py
     black, white = (paste(truth, np.full_like(truth, value), hole) for value in (0, 255))
     result = paste(truth, fill(black, hole), hole)
     assert np.array_equal(result, paste(truth, fill(white, hole), hole))
     flat = paste(truth, np.broadcast_to(truth[~hole].mean(axis=0) / 255, truth.shape), hole)
     assert psnr_db(truth, result, hole) > psnr_db(truth, flat, hole)
-    # A ramp's continuation is known exactly by the biharmonic method, and nearly by the others.
+    # The biharmonic method continues a ramp exactly, and the others nearly.
     ramp = np.repeat(np.arange(128, dtype=np.uint8)[None, :, None], 96, axis=0).repeat(3, axis=2) + np.uint8(50)
     square = np.zeros((96, 128), bool)
     square[40:56, 50:66] = True

@@ -1,4 +1,4 @@
-"""The network against the official generator's stored answers, and its behaviour at awkward sizes."""
+"""The network against the official generator's stored outputs, and its behaviour at awkward sizes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny_network(config: NetworkConfig = TINY) -> InpaintingNetwork:
 
 @pytest.fixture(scope="module")
 def official_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator file as the official code saves it, with the weights of make_official.py."""
+    """A generator file in the official code's format, with the weights of make_official.py."""
     with np.load(GOLDEN) as golden:
         shapes = {
             str(name): tuple(int(side) for side in shape if side)
@@ -62,7 +62,7 @@ def test_agrees_with_the_official_generator(official_file: Path) -> None:
 def test_published_sizes() -> None:
     with torch.device("meta"):
         network = InpaintingNetwork(PRESETS["misf"])
-    # conv_final, 327 parameters, is in the official files but in no forward pass.
+    # conv_final, 327 parameters, is in the official files but not used in the forward pass.
     assert sum(parameter.numel() for parameter in network.parameters()) == 23_059_493 - 327
 
 
@@ -78,7 +78,7 @@ def test_any_size(size: tuple[int, int], config: NetworkConfig) -> None:
         prediction = network(image, mask)
         assert prediction.shape == image.shape
         assert 0 <= prediction.min() <= prediction.max() <= 1
-        # The same by hand, with NumPy's reflection.
+        # The same, computed step by step with NumPy's reflection.
         border = [(0, 0), (0, 0)] + [(0, config.padded_side(side) - side) for side in size]
         padded = torch.from_numpy(np.pad(network_input(image, mask).numpy(), border, mode="reflect"))
         expected = network.predict(padded)[:, :, : size[0], : size[1]]
@@ -94,12 +94,12 @@ def test_reflection_is_numpys(size: tuple[int, int], target: tuple[int, int]) ->
 
 def test_sizes_that_the_fill_and_the_layers_need() -> None:
     assert [config.multiple for config in (TINY, *FILLING)] == [4, 16, 16, 16]
-    # Reflection by 2, the dilation, needs 3 pixels at a quarter of the layers' resolution.
+    # Reflection by 2, which is the dilation, needs 3 pixels at a quarter of the layers' resolution.
     assert [config.minimum_side for config in (TINY, *FILLING)] == [12, 16, 32, 48]
 
 
 def numpy_fill(x: np.ndarray) -> np.ndarray:
-    """The smooth fill by its definition: x H,W,4 -> H,W,3, with SciPy's boxes and averages of 2x2 pixels."""
+    """Return the smooth fill by definition, x H,W,4 -> H,W,3, with SciPy's box filters and averages of 2x2 pixels."""
 
     def tent(pixels: np.ndarray, size: int) -> np.ndarray:
         for _ in range(2):
@@ -112,7 +112,7 @@ def numpy_fill(x: np.ndarray) -> np.ndarray:
         return pixels.reshape(height // 2, 2, width // 2, 2, channels).mean(axis=(1, 3))
 
     def twice(pixels: np.ndarray) -> np.ndarray:
-        """Bilinear: a pixel is 3/4 of the one that it is part of and 1/4 of the next one on its side."""
+        """Enlarge bilinearly: a pixel is 3/4 of the small pixel that contains it and 1/4 of the nearest neighbour."""
         for axis in (0, 1):
             edge = np.pad(pixels, [(1, 1) if axis == a else (0, 0) for a in range(3)], mode="edge")
             here = np.take(edge, range(1, edge.shape[axis] - 1), axis)
@@ -163,7 +163,7 @@ def test_smooth_fill_continues_one_colour_and_needs_its_multiple() -> None:
 def plane_in_the_middle(
     known: np.ndarray, colours: np.ndarray, here: tuple[int, int], size: int, sigma: float, prior: float, ridge: float
 ) -> np.ndarray:
-    """The value at `here` of the plane through the known pixels around, by NumPy's least squares."""
+    """Return the value at `here` of the plane fitted to the known pixels nearby, with NumPy's least squares."""
     reach = size // 2
     offsets = np.arange(-reach, reach + 1)
     window = np.exp(-0.5 * (offsets / sigma) ** 2)
@@ -193,14 +193,14 @@ def test_edges_continue_planes_fitted_by_least_squares() -> None:
     picture, prediction = rng.random((2, 20, 24, 3))
     expected = prediction.copy()
     for plane in EdgeContinuation.PLANES:
-        # Known pixels are observed as they are; holes have the prediction, as corrected so far, as their prior.
+        # Known pixels are observations; the prior in holes is the prediction as corrected so far.
         seen = np.where(hole[:, :, None], expected, picture)
         for here in np.argwhere(hole):
             expected[tuple(here)] = plane_in_the_middle(~hole, seen, tuple(here), *plane)
     x = np.concatenate([picture * ~hole[:, :, None], hole[:, :, None]], axis=2)
     tensors = [torch.from_numpy(array.transpose(2, 0, 1))[None].double() for array in (x, prediction)]
     found = EdgeContinuation().double()(*tensors)[0].numpy().transpose(1, 2, 0)
-    np.testing.assert_allclose(found[hole], expected[hole], rtol=0, atol=2e-6)  # the windows are float32's
+    np.testing.assert_allclose(found[hole], expected[hole], rtol=0, atol=2e-6)  # the windows are float32
     assert np.abs(expected - prediction)[hole].max() > 0.1
 
 
@@ -237,10 +237,10 @@ def test_instance_norm_is_its_definition(training: bool) -> None:
 @pytest.mark.parametrize(
     ("pictures", "dtype", "tolerance"),
     [(1, torch.float32, 5e-5), (3, torch.float32, 5e-5), (3, torch.float16, 2e-3), (3, torch.bfloat16, 1.6e-2)],
-    ids=str,  # one picture in 16 bits goes to torch's batch norm, whose CPU kernel rounds more than CUDA's
+    ids=str,  # a single 16-bit picture goes to PyTorch's batch norm, whose CPU kernel rounds more than CUDA's
 )
 def test_instance_norm_in_its_layout(pictures: int, dtype: torch.dtype, tolerance: float) -> None:
-    """What CUDA takes for channels-last, against the definition in float64 of the same numbers; one flat channel."""
+    """The instance norm for channels-last on CUDA, against the definition in float64; one channel is constant."""
     torch.manual_seed(0)
     x = (torch.randn(pictures, 6, 9, 7) * torch.tensor([3, 1, 0.1, 20, 1, 1])[:, None, None] + 5).to(dtype)
     x[:, 4] = 5
@@ -294,7 +294,7 @@ def test_ablations_use_every_parameter(change: dict[str, int | bool]) -> None:
 
 
 def test_fresh_filters_keep_the_mean() -> None:
-    """Taps start with sum 1 for every channel, up to the small random part."""
+    """The initial taps of every channel sum to 1, up to the small random part."""
     network = tiny_network()
     assert network.prediction is not None
     k2, share = TINY.kernel_size**2, TINY.share

@@ -1,4 +1,4 @@
-"""Muon against PyTorch's own, which takes matrices only and computes in bfloat16; AdamW beside it."""
+"""Muon against PyTorch's, which accepts only matrices and computes in bfloat16; and AdamW beside it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_orthogonalized_keeps_directions_and_evens_lengths() -> None:
     left, _, right = np.linalg.svd(rng.normal(size=(20, 8)), full_matrices=False)
     x = left * np.geomspace(1, 0.05, 8) @ right
     found = orthogonalized(torch.from_numpy(x).float()).numpy().astype(np.float64)
-    # In the basis of x's singular vectors: diagonal, all near 1.
+    # In the basis of x's singular vectors the result is diagonal, with values near 1.
     inside = left.T @ found @ right.T
     np.testing.assert_allclose(inside, np.diag(np.diag(inside)), atol=1e-5)
     assert np.diag(inside).min() > 0.6

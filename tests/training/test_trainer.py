@@ -1,4 +1,4 @@
-"""Training: exact resumption after a kill, processes, determinism, bad data, and that it learns."""
+"""Training: exact resumption after a kill, several processes, determinism, bad data, and learning."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ QUICK = ["--config", "misf-tiny", "--crop", "32", "--batch", "2", "--log-every",
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of the two photographs that scikit-image's wheel carries, as a folder of PNG files."""
+    """Parts of the two photographs in scikit-image's wheel, as a folder of PNG files."""
     from skimage import data
 
     folder = tmp_path_factory.mktemp("photographs")
@@ -77,7 +77,7 @@ TWO = {**ONE_THREAD, "GLOO_SOCKET_IFNAME": "lo"}
 
 @contextmanager
 def started(arguments: Sequence[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Start a process; when the block ends, so do the process and all that it started."""
+    """Start a process, and kill it and all of its children when the block ends."""
     process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield process
@@ -88,7 +88,7 @@ def started(arguments: Sequence[str], env: dict[str, str]) -> Iterator[subproces
 
 
 def kill_while_it_saves(folder: Path) -> None:
-    """Leave in the folder of a run what a SIGKILL leaves that comes when half of the state is written."""
+    """Leave the files of a SIGKILL in a run's folder that comes when half of the state is written."""
     program = f"""
 import os, pathlib, signal
 from misf.plugins.shared.files import written_whole
@@ -102,7 +102,7 @@ with written_whole({str(folder / "state.pt")!r}) as temporary:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums in the same order here as in the processes that tests start."""
+    """Sum in the same order here as in the processes that tests start."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -178,8 +178,8 @@ def test_two_processes_compute_what_one_does(more: tuple[str, ...], photographs:
     assert process.returncode == 0, errors
     for alone, together in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert alone == pytest.approx(together, rel=1e-4)
-    # Not weight by weight, and only to 1e-3 (up to 3e-4 seen): a bias before an instance norm has no gradient but
-    # rounding, of which Adam makes full steps. The losses above are the sharp check.
+    # Weights are compared as a whole, and only to 1e-3 (differences up to 3e-4 occur): the gradient of a bias before an
+    # instance norm is only rounding, of which Adam makes full steps. The losses above are the strict check.
     image, mask = samples(photographs, tiny_recipe()).sample(5)
     with torch.no_grad():
         one, two = (load_model(tmp_path / name / "ema.safetensors")(image[None], mask[None]) for name in ("one", "two"))
@@ -251,7 +251,7 @@ def test_a_seed_decides_everything_and_accumulation_nothing(photographs: Path) -
     same_state(dict(weights), dict(again))
     other, _ = losses_of(tiny_recipe(seed=1), photographs)
     assert other != first
-    # Without the discriminator, whose norms advance with every pass, accumulation is only another order of sums.
+    # Without the discriminator, whose spectral norms advance with every pass, accumulation only reorders sums.
     plain = {"adversarial": 0.0, "feature_matching": 0.0}
     at_once, _ = losses_of(tiny_recipe(**plain), photographs)
     in_parts, _ = losses_of(tiny_recipe(accumulate=4, **plain), photographs)
@@ -259,7 +259,7 @@ def test_a_seed_decides_everything_and_accumulation_nothing(photographs: Path) -
 
 
 def test_bf16_is_mixed_and_learns_the_same(photographs: Path) -> None:
-    """Weights, averages and losses stay float32; the loss and its gradient are float32's but for rounding."""
+    """Weights, averages and losses stay float32; the loss and its gradient equal those in float32 up to rounding."""
     config = tiny_recipe(steps=1, psnr=0.1, ssim=0.5, known=1.0, perceptual=0.1, style=250.0)
     torch.manual_seed(0)
     vgg = Vgg19()
@@ -289,7 +289,7 @@ def test_bf16_by_emulation_is_not_silent(monkeypatch: pytest.MonkeyPatch, caplog
 
 
 def test_one_step_is_adams_on_the_weighted_sum(photographs: Path) -> None:
-    """The first step and its average, by hand: Adam with betas (0, 0.9) moves every weight by the rate."""
+    """The first step and its average: Adam with betas (0, 0.9) moves every weight by the learning rate."""
     config = tiny_recipe(steps=1, adversarial=0.0, feature_matching=0.0, learning_rate=1e-3)
     trainer = Trainer(config, make_fabric("cpu"))
     before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
@@ -305,7 +305,7 @@ def test_one_step_is_adams_on_the_weighted_sum(photographs: Path) -> None:
 
 
 def test_generator_and_discriminator_learn_apart(photographs: Path) -> None:
-    """The generator's loss leaves no gradient in the discriminator, nor the discriminator's in the generator."""
+    """Each network's loss leaves no gradient in the other network."""
     config = tiny_recipe(l1=0.0, hole=0.0, feature_matching=0.0, adversarial=1.0)
     trainer = Trainer(config, make_fabric("cpu"))
     image, mask = next(trainer.batches(samples(photographs, config)))
@@ -333,7 +333,7 @@ def test_rates() -> None:
 
 
 def test_it_learns(photographs: Path, tmp_path: Path) -> None:
-    """From nothing to a better picture than the start's and than grey, in some hundred steps."""
+    """Some hundred steps from random weights give a better picture than the start and than plain grey."""
     config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"])
     config = replace(config, steps=150, batch=4, crop=32, learning_rate=3e-3)
     trainer = Trainer(config, make_fabric("cpu"))
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(photographs: Path, tmp_path: 
 
 
 def test_a_gradient_that_is_not_a_number_stops_the_run(photographs: Path, tmp_path: Path) -> None:
-    """The loss may still be a number; what is on disk must be from before."""
+    """The loss may still be finite, but the files must be from before the bad step."""
     config = replace(RECIPES["fidelity"], network=PRESETS["misf-tiny"], steps=4, batch=2, crop=32)
     (tmp_path / "run").mkdir()
     trainer = Trainer(config, make_fabric("cpu"))
@@ -425,7 +425,7 @@ def test_bad_pictures_are_skipped_and_reported(photographs: Path, tmp_path: Path
 
 
 def test_the_state_is_written_last(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill right behind it must leave all that the run had to write."""
+    """All files must be complete if the process is killed immediately afterwards."""
     config, folder = tiny_recipe(steps=1), RunFolder(tmp_path)
     cases = [(torch.rand(1, 3, 32, 32), torch.ones(1, 1, 32, 32))]
 
@@ -511,7 +511,7 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
     assert "--crop" in changed.stderr
     assert "--seed" in changed.stderr
     state = (output / "state.pt").read_bytes()
-    for size in (1000, 5000, 20000):  # PyTorch raises other classes for each
+    for size in (1000, 5000, 20000):  # PyTorch raises a different exception for each
         (output / "state.pt").write_bytes(state[:size])
         damaged = invoke("--resume", "--output", output)
         assert damaged.exit_code == 1

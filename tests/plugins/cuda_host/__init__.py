@@ -1,1 +1,1 @@
-"""The CUDA kernels executed on a CPU: their very source, compiled as C++ and walked thread by thread."""
+"""Executes the CUDA kernels on a CPU: their source is compiled as C++ and run thread by thread."""

@@ -1,4 +1,4 @@
-"""Compiles walk.cpp and calls it on buffers that catch every access outside of them."""
+"""Compiles walk.cpp and calls it on buffers that catch all accesses outside of them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def cuda_headers() -> list[Path]:
-    """Return the include folders of a CUDA toolkit, of the machine or of the pip packages; skips loudly without one."""
+    """Return the include folders of the machine's or pip's CUDA toolkit, or skip with a reason if there is none."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
     spec = importlib.util.find_spec("nvidia")
     for location in spec.submodule_search_locations or () if spec else ():
         folders += sorted(Path(location).glob("*/include"))
     for folder in folders:
-        # A host compiler needs crt/ and, since CUDA 13 in cccl/, nv/target too.
+        # A host compiler also needs crt/ and nv/target, which is in cccl/ since CUDA 13.
         found = [folder, folder / "cccl"]
         wanted = ("cuda_fp16.h", "crt/host_defines.h", "nv/target")
         if all(any((place / name).is_file() for place in found) for name in wanted):
@@ -46,7 +46,7 @@ def cuda_headers() -> list[Path]:
 
 @functools.cache
 def library(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
-    """Return walk.cpp compiled for one storage type. Undefined behaviour, a misaligned access say, aborts it."""
+    """Return walk.cpp compiled for one storage type. Undefined behaviour, such as a misaligned access, aborts it."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("NOT PROVED: the CUDA kernels were not executed, because there is no C++ compiler")
@@ -62,10 +62,10 @@ def library(dtype: torch.dtype, folder: Path) -> ctypes.CDLL:
 
 
 class Fenced:
-    """A tensor in memory of its own between two pages that nothing may touch: an access beyond them is a crash.
+    """A tensor in separate memory between two protected pages, which cause a crash on access.
 
-    The rest of the memory holds NaN, and `assert_intact` tells whether a byte of it was written. `place` is 'end'
-    (flush with the page behind: catches reads past the end), 'start', or 'shifted': aligned to an element only.
+    The rest of the memory is NaN, and `assert_intact` checks that none of it was written. `place` is 'end' (flush with
+    the page behind, which catches reads past the end), 'start', or 'shifted' (aligned to an element only).
     """
 
     def __init__(self, elements: int, dtype: torch.dtype, place: str = "end") -> None:
@@ -90,7 +90,7 @@ class Fenced:
         )
 
     def poison(self) -> Fenced:
-        """Fill the tensor, and what is left and right of it, with NaN (all bits set); return self."""
+        """Fill the tensor and the memory around it with NaN (all bits set); return self."""
         for part in (self._before, self.data.view(torch.uint8), self._after):
             if part is not None:
                 part.fill_(255)
@@ -128,7 +128,7 @@ class Shape(ctypes.Structure):
 
     @classmethod
     def of(cls, features: tuple[int, ...], kernel_size: int, share: int, padding: int = 1) -> Shape:
-        """Describe a call by the features' N, C, H, W; channels last, pixels are rounded up to `padding` channels."""
+        """Describe a call by the features' N, C, H, W; channels-last pixels are padded to a multiple of `padding`."""
         taps = features[1] * kernel_size**2 // share
         stride, tap_stride = (-(-channels // padding) * padding for channels in (features[1], taps))
         return cls(*features, taps, kernel_size, share, stride, tap_stride, stride)
@@ -136,7 +136,7 @@ class Shape(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Plan:
-    """What misf::plan decided."""
+    """The result of misf::plan."""
 
     fast: bool
     width: int

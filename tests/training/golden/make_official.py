@@ -1,11 +1,11 @@
-"""Makes official.npz: what the official MISF generator answers for known weights and a known picture.
+"""Makes official.npz, the output of the official MISF generator for known weights and a known picture.
 
     git clone https://github.com/tsingqguo/misf && python tests/training/golden/make_official.py misf
 
-The weights are random but reproducible from their names alone (`official_weights`), so only names, shapes and
-answers are stored. Uniform He initialisation keeps every layer alive; the taps of the image filter are scaled down
-so that the final tanh does not hide differences by saturating. Made once with the official repository at 775ef7d
-and torch 2.13.0 on a CPU.
+The weights are random but reproducible from their names alone (`official_weights`), so that only names, shapes and
+outputs are stored. Uniform He initialisation keeps every layer active; the taps of the image filter are scaled down so
+that the final tanh does not hide differences by saturating. The file was made once with the official repository at
+775ef7d and torch 2.13.0 on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE = 256
 
 
 def official_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Return float32 weights that depend on nothing but the official parameters' names and shapes."""
+    """Return float32 weights that depend only on the names and shapes of the official parameters."""
     weights = {}
     for name, shape in shapes.items():
         rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
@@ -46,7 +46,7 @@ def picture_and_mask() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stored(answer: torch.Tensor) -> dict[str, np.ndarray]:
-    """Return the parts of the generator's answer 1,3,256,256 that are kept: every fourth pixel, and one whole patch."""
+    """Return the stored parts of the generator's output 1,3,256,256: every fourth pixel, and one whole patch."""
     return {"every_fourth": answer[0, :, ::4, ::4].numpy(), "patch": answer[0, :, 120:160, 180:220].numpy()}
 
 
