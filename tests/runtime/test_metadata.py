@@ -336,3 +336,12 @@ def test_odd_exif_makes_no_warning_of_pillow(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="larger than file"), Image.open(path):
         pass
     assert open_picture(path, "JPEG").canvas.size == (48, 64)
+
+
+def test_a_number_that_begins_like_a_jpeg_takes_nothing_with_it(tmp_path: Path) -> None:
+    path, number, alike = tmp_path / "in.png", struct.pack("<d", 2.5), b"\xff\xd8\xff\0abcd"
+    exif, plain = (_exif("<", 6, preview).replace(number, alike) for preview in (PREVIEW, b""))
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    data = _result(path).read_bytes()
+    assert plain in data
+    assert PREVIEW[20:] not in data
