@@ -90,12 +90,13 @@ def models(kind: str) -> dict[str, bytes]:
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     """Return `data` with a few damages: bytes and numbers changed, parts cut, doubled, zeroed or put elsewhere."""
     changed = bytearray(data)
-    head = min(len(changed), 512)  # where structure is, mostly
+    mild = rng.random() < 0.4  # bytes anywhere, the length stays: what is damaged is found late or never
     for _ in range(int(rng.integers(1, 5))):
-        at = int(rng.integers(0, head if rng.random() < 0.6 else max(1, len(changed))))
+        end = len(changed) if mild or rng.random() < 0.4 else min(len(changed), 512)  # most structure is in front
+        at = int(rng.integers(0, max(1, end)))
         length = int(rng.integers(1, 64))
         part = changed[at : at + length]
-        match int(rng.integers(0, 7)):
+        match int(rng.integers(0, 4 if mild else 7)):
             case 0:
                 changed[at : at + 1] = rng.bytes(1)
             case 1:
@@ -103,13 +104,13 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
                 value = int(rng.choice(EXTREMES)) & (256**width - 1)
                 changed[at : at + width] = value.to_bytes(width, "big" if rng.random() < 0.5 else "little")
             case 2:
-                del changed[at : at + length]
-            case 3:
-                changed[at:at] = part
-            case 4:
                 changed[at : at + length] = bytes(len(part))
-            case 5:
+            case 3:
                 changed[at : at + length] = rng.bytes(len(part))
+            case 4:
+                del changed[at : at + length]
+            case 5:
+                changed[at:at] = part
             case 6 if rng.random() < 0.3:
                 del changed[max(at, 1) :]
     return with_checksums(bytes(changed)) if rng.random() < 0.7 else bytes(changed)
@@ -172,6 +173,8 @@ def problems_of(kind: str, name: str, data: bytes, folder: Path) -> tuple[int, l
         wrong.append(f"files left: {sorted(left)}")
     elif not lines or not lines[-1].startswith("misf-run: ") or len(lines[-1]) > 1000:
         wrong.append(f"not one line: {result.stderr[-500:]!r}")
+    elif places[kind].name not in lines[-1] and "the model" not in lines[-1]:
+        wrong.append(f"the line does not name the file: {lines[-1]}")
     return result.exit_code, wrong
 
 
