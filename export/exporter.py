@@ -97,7 +97,7 @@ def export_onnx(
 def check(
     path: Path, network: InpaintingNetwork, precision: str, photographs: Sequence[NDArray[np.uint8]]
 ) -> list[accuracy.CaseResult]:
-    """Return how the ONNX file compares with the PyTorch network; AccuracyError if that is not near enough."""
+    """Compare the ONNX file with the PyTorch network; AccuracyError if they differ too much."""
     backend = OnnxRuntimeBackend(path, device="cpu")
     reference, tolerance = accuracy.torch_reference(network), accuracy.TOLERANCES[precision]
     results = [accuracy.compare(backend, reference, *case) for case in accuracy.cases(photographs)]
@@ -119,7 +119,7 @@ def _calibration_inputs(photographs: Sequence[NDArray[np.uint8]]) -> list[NDArra
 
 
 def _describe(model: ModelProto, checkpoint: Checkpoint, precision: str, kept: dict[str, float]) -> None:
-    """Write what the runtime and a reader want to know into the file's metadata."""
+    """Write the metadata that the runtime and readers of the file need."""
     onnx.helper.set_model_props(
         model,
         {

@@ -82,7 +82,7 @@ def core_model(network: InpaintingNetwork) -> ModelProto:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes to itself: a missing torchvision, deprecations inside torch, progress on stdout."""
+    """Silence the exporter: a missing torchvision, deprecations inside torch, progress on stdout."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -95,7 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _tidy(model: ModelProto) -> None:
-    """Drop the tracer's notes (they hold paths of this machine) and name layers and tensors after the parameters."""
+    """Drop the tracer's metadata (it holds local paths) and name layers and tensors after the parameters."""
     graph = model.graph
     del model.metadata_props[:], graph.value_info[:]
     graph.name, graph.doc_string = "misf", ""
@@ -118,7 +118,7 @@ def _tidy(model: ModelProto) -> None:
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    """Return `name`, or with a number when a node has it already (fixed weights serve several), and note it."""
+    """Return `name`, with a number added if a node already has it (fixed weights serve several), and record it."""
     numbered = (f"{name}.{number}" for number in itertools.count(2))
     unused = next(found for found in itertools.chain([name], numbered) if found not in taken)
     taken.add(unused)

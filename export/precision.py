@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto, inliner
 from ..plugins.dynamic_filter import onnx_op
 
 FLOAT32_OPS = frozenset({"InstanceNormalization", "ReduceMean"})
-"""Always float32: both sum over the whole picture, and how wide TensorRT's sums are is nowhere promised."""
+"""Always float32: both sum over the whole picture, and TensorRT does not promise the width of its sums."""
 
 RANGE_LIMIT = 8192.0
 """Layers that make or read larger values on the calibration pictures stay float32: an eighth of float16's range."""
@@ -27,7 +27,7 @@ _UNTYPED_INPUTS = {"Resize": {1, 2}}
 """Inputs that are float32 whatever the type of the rest: Resize's roi and scales."""
 
 _UNTYPED_OPS = frozenset({"Cast", "Shape", "Size"})
-"""They take every type, and what they make does not depend on it."""
+"""They take every type, and their output type does not depend on it."""
 
 
 def value_ranges(core: ModelProto, inputs: Iterable[NDArray[np.float32]]) -> dict[str, float]:
@@ -57,7 +57,7 @@ def value_ranges(core: ModelProto, inputs: Iterable[NDArray[np.float32]]) -> dic
     ranges = np.zeros(len(names))
     for value in inputs:
         found = session.run(None, {graph.inputs[0].name: value})
-        # maximum() keeps NaN: a layer that makes NaN has no range and must not pass for small.
+        # maximum() keeps NaN, so a layer that makes NaN does not count as small.
         ranges = np.maximum(ranges, np.array(found, dtype=np.float64))
     return dict(zip(names, ranges.tolist(), strict=True))
 

@@ -3,12 +3,17 @@
 inpainter.py   the Python API
 jobs.py        which picture goes with which mask and output
 fill_file.py   one picture file: read, filled, written
+folder_run.py  a folder's pictures, several at a time, shared with other runs
+estimate.py    what a run would take
 run_cli.py     misf-run
 memory.py      whether a run fits into memory
 pictures/      files, masks, crops, without any model
 backends/      one module per way of running a model
 engines/       what TensorRT engines need
 checks/        misf-verify and misf-doctor
+batch/         misf-batch: the same on a cluster
+triton/        what runs inside NVIDIA Triton
+models/        misf-small as an ONNX file
 """
 
 from __future__ import annotations

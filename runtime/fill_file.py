@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from ..plugins.shared.files import written_whole
 from .inpainter import Inpainter
 from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
-from .pictures.geometry import Box, Mask
+from .pictures.crops import plan_crops
+from .pictures.geometry import Box, Mask, Size
 from .pictures.image_io import open_mask, open_picture, output_format
-from .pictures.masks import THRESHOLD, grown_mask, mask_from_image, resized_mask
+from .pictures.masks import feathered, resized_mask
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +30,11 @@ PANEL = 1024  # longest side of each picture in a comparison
 GAP = 8
 
 
-@dataclass(frozen=True)
-class MaskSettings:
-    """How masks are read."""
-
-    threshold: int = THRESHOLD
-    invert: bool = False
-    resize: bool = False
-    from_alpha: bool = False
-    grow: int = 0  # pixels of the picture
-
-
 class FileFiller:
-    """Fills pictures in files with one model and one way of reading masks."""
+    """Fills pictures in files with one model and one way of reading masks, both the Inpainter's."""
 
-    def __init__(self, inpainter: Inpainter, mask: Path | None, masks: MaskSettings, concat: bool, force: bool):
-        self._inpainter = inpainter
-        self._mask, self._masks = mask, masks
+    def __init__(self, inpainter: Inpainter, mask: Path | None, concat: bool, force: bool):
+        self._inpainter, self._mask = inpainter, mask
         self._concat, self._force = concat, force
         self._read_mask = functools.lru_cache(maxsize=1)(self._decode_mask)  # one mask for a thousand pictures
 
@@ -66,13 +55,10 @@ class FileFiller:
         target = output_format(job.output)
         picture = open_picture(job.image, target)
         height, width = picture.canvas.size
-        hole = self._read_mask(mask_path or job.image)
-        if self._masks.resize and hole.shape != (height, width):
-            log.info("the mask is resized to %dx%d", width, height)
-            hole = resized_mask(hole, (height, width))
-        hole = grown_mask(hole, self._masks.grow)
+        masks = self._inpainter.masks
+        hole = masks.fitted(self._read_mask(mask_path or job.image), (height, width))
         before = _panel(picture.canvas) if self._concat else None
-        report = self._inpainter.fill(picture.canvas, hole, progress)
+        report = self._inpainter.fill(picture.canvas, hole, progress, feather=masks.feather)
         if mask_path is None:
             picture.make_opaque(hole)
         job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +70,31 @@ class FileFiller:
         seconds = time.perf_counter() - started
         return {**record, "width": width, "height": height, **asdict(report), "seconds": round(seconds, 4)}
 
+    def crop_sizes(self, job: Job) -> list[Size]:
+        """Return the sizes H,W at which the network would see the crops of a picture, by its mask alone."""
+        masks, path = self._inpainter.masks, None if self._mask is None else find_mask(job, self._mask)
+        hole = self._read_mask(path or job.image)
+        size = hole.shape
+        if masks.resize:
+            with Image.open(job.image) as image:
+                size = (image.height, image.width)  # turned or not: the crops are as large
+        hole = masks.fitted(hole, size)
+        hole = feathered(hole, masks.feather) > 0 if masks.feather else hole
+        return [crop.size for crop in plan_crops(hole, self._inpainter.settings)]
+
+    def rehearse(self, job: Job) -> tuple[float, int]:
+        """Fill a picture and encode it, without writing it; return the model's seconds and the number of crops."""
+        mask_path = None if self._mask is None else find_mask(job, self._mask)
+        picture = open_picture(job.image, output_format(job.output))
+        masks = self._inpainter.masks
+        hole = masks.fitted(self._read_mask(mask_path or job.image), picture.canvas.size)
+        report = self._inpainter.fill(picture.canvas, hole, feather=masks.feather)
+        picture.encoded(picture.format, changed=True)
+        return report.model_seconds, report.crops
+
     def _decode_mask(self, path: Path) -> Mask:
-        settings = self._masks
         try:
-            return mask_from_image(open_mask(path), settings.threshold, settings.invert, settings.from_alpha)
+            return self._inpainter.masks.hole(open_mask(path))
         except ValueError as error:
             text = str(error)
             raise ValueError(text if str(path) in text else f"{path}: {text}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +23,9 @@ from .pictures.canvas import ArrayCanvas, Canvas, PillowCanvas, Pixels, resize
 from .pictures.crops import Crop, fit, plan_crops
 from .pictures.geometry import Mask, Size
 from .pictures.image_io import as_stored, open_mask, open_picture, orientation_of, upright
-from .pictures.masks import check_mask, mask_from_array, mask_from_image
+from .pictures.masks import THRESHOLD, MaskSettings, check_mask, feathered
 from .pictures.previews import info_without_previews
-from .pictures.settings import CropSettings
+from .pictures.settings import CropSettings, network_working_size
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Inpainter:
         working_size: the model sees about working_size x working_size pixels at a time, at least 64; None: the size
             that the model file gives for its network.
         margin: pixels of context around a hole, at least; None: a quarter of the hole's side.
+        mask_threshold, invert_mask, resize_mask, mask_from_alpha, mask_values, grow_mask, feather: see `MaskSettings`.
 
     Raises:
         ValueError: an unknown strategy, backend or device, or a file that is no such model.
@@ -84,7 +85,16 @@ class Inpainter:
         margin: int | None = None,
         precision: str = "auto",
         threads: int | None = None,
+        mask_threshold: int = THRESHOLD,
+        invert_mask: bool = False,
+        resize_mask: bool = False,
+        mask_from_alpha: bool = False,
+        mask_values: Sequence[int] | None = None,
+        grow_mask: int = 0,
+        feather: int = 0,
     ):
+        values = None if mask_values is None else tuple(mask_values)
+        self.masks = MaskSettings(mask_threshold, invert_mask, mask_from_alpha, values, resize_mask, grow_mask, feather)
         self.settings = CropSettings(strategy, working_size or CropSettings.working_size, margin)
         self.backend: Backend = (
             open_backend(model, backend, device, precision, threads) if isinstance(model, str | os.PathLike) else model
@@ -93,39 +103,67 @@ class Inpainter:
             self.settings = replace(self.settings, working_size=network_working_size(self.backend.config))
         self._limits = self.backend.limits
 
-    def inpaint(self, image: Picture_, mask: Any) -> Picture_:
-        """Return the picture with its holes filled, as the kind that came; pixels outside the hole are equal.
+    def inpaint(
+        self,
+        image: Picture_,
+        mask: Any,
+        *,
+        settings: CropSettings | None = None,
+        masks: MaskSettings | None = None,
+    ) -> Picture_:
+        """Return the picture with its holes filled, as the type that came; pixels outside the hole are equal.
 
-        image: uint8 or uint16 H,W,3 RGB (or H,W grey, H,W,4 RGBA), or a Pillow picture. mask: uint8 H,W (over 127 =
-        hole) or bool, or a Pillow picture (white = hole). A mask is for the picture as it is displayed, turned by its
-        EXIF orientation, and the result is stored turned as the picture was: as in misf-run.
-        What a Pillow picture's `info` says stays, less the previews, which would show what was removed.
-        Raises ValueError for a wrong shape, type or size, MisfError when the model fails or memory runs out.
+        The mask is for the picture as it is displayed, turned by its EXIF orientation, and the result is stored turned
+        as the picture was, as by misf-run. A Pillow picture's `info` is kept, except for previews, which would show
+        what was removed.
+
+        Args:
+            image: uint8 or uint16 H,W,3 RGB (or H,W grey, H,W,4 RGBA), or a Pillow picture.
+            mask: uint8 H,W (over 127 = hole) or bool, a Pillow picture (white = hole), a path, or the bytes of a file.
+            settings, masks: for this call instead of the Inpainter's own.
+
+        Raises:
+            ValueError: a wrong shape, type or size.
+            MisfError: the model fails, or memory runs out.
+
         """
-        hole = _hole(mask)
+        masks = masks or self.masks
+        hole = _hole(mask, masks)
         if not isinstance(image, Image.Image):
             result = np.array(image)
-            self.fill(ArrayCanvas(result), hole)
+            self._fill(ArrayCanvas(result), hole, settings, masks)
             return result
         shown = upright(image, "the picture")
         if image.mode.startswith("I;16"):
-            shown = Image.fromarray(self.inpaint(np.array(shown, np.uint16), hole))
+            canvas = ArrayCanvas(np.array(shown, np.uint16))
+            self._fill(canvas, hole, settings, masks)
+            shown = Image.fromarray(canvas.array)
         else:
             shown = shown.copy()
-            self.fill(PillowCanvas(shown), hole)
+            self._fill(PillowCanvas(shown), hole, settings, masks)
         stored = as_stored(shown, orientation_of(image, "the picture"))
         stored.info = info_without_previews(image.info)
         return stored
 
     __call__ = inpaint
 
-    def inpaint_file(self, image: File, mask: Any, name: str = "the picture") -> bytes:
+    def inpaint_file(
+        self,
+        image: File,
+        mask: Any = None,
+        name: str = "the picture",
+        *,
+        settings: CropSettings | None = None,
+        masks: MaskSettings | None = None,
+    ) -> bytes:
         """Return a picture file with its holes filled, in the format that came: EXIF, profile, alpha and depth stay.
 
         Args:
             image: a path, or the bytes of a file.
-            mask: the same, or what `inpaint` takes; for the picture as it is displayed.
+            mask: the same, or what `inpaint` takes; for the picture as it is displayed. None, with `mask_from_alpha`:
+                the picture's transparent pixels, which are opaque in the result.
             name: of a picture that comes as bytes, for messages.
+            settings, masks: for this call instead of the Inpainter's own.
 
         Raises:
             ValueError: one of them is no picture, is damaged, or the sizes differ.
@@ -133,14 +171,46 @@ class Inpainter:
             MisfError: the model fails, or memory runs out.
 
         """
+        masks = masks or self.masks
+        if mask is None and not masks.from_alpha:
+            raise ValueError("expected a mask, or mask_from_alpha")
         picture = open_picture(Path(name), data=image) if isinstance(image, bytes) else open_picture(Path(image))
-        report = self.fill(picture.canvas, _hole(mask))
+        hole = _hole(image if mask is None else mask, masks)
+        report = self._fill(picture.canvas, hole, settings, masks)
+        if mask is None:
+            picture.make_opaque(hole)
         return picture.encoded(picture.format, changed=report.hole_pixels > 0)
 
-    def fill(self, canvas: Canvas, hole: Mask, progress: Callable[[int, int], None] | None = None) -> FillReport:
-        """Fill the holes of a canvas in place and return how; `progress` is called with the crops done and in total."""
+    def _fill(self, canvas: Canvas, hole: Mask, settings: CropSettings | None, masks: MaskSettings) -> FillReport:
+        return self.fill(canvas, masks.fitted(hole, canvas.size), settings=settings, feather=masks.feather)
+
+    def fill(
+        self,
+        canvas: Canvas,
+        hole: Mask,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        settings: CropSettings | None = None,
+        feather: int = 0,
+    ) -> FillReport:
+        """Fill the holes of a canvas in place and return how.
+
+        Args:
+            canvas: the picture.
+            hole: bool H,W.
+            progress: called with the number of crops done and in total.
+            settings: for this call instead of the Inpainter's own.
+            feather: blend the fill into the known pixels over this many pixels around the hole. The network does not
+                see those pixels.
+
+        """
         check_mask(hole, canvas.size)
-        crops = self._within_limits(plan_crops(hole, self.settings))
+        settings = settings or self.settings
+        asked = int(np.count_nonzero(hole))
+        weights = feathered(hole, feather) if feather else None
+        if weights is not None:
+            hole = weights > 0
+        crops = self._within_limits(plan_crops(hole, settings))
         if len(crops) > MANY_CROPS:
             log.info("%d crops: many holes, or a long one, at native resolution", len(crops))
         if shrunk := [crop.box.size[0] / crop.size[0] for crop in crops if crop.size[0] < crop.box.size[0]]:
@@ -156,13 +226,16 @@ class Inpainter:
             started = time.perf_counter()
             fill = self._predict(canvas.read(crop.box, crop.size), _reduced_mask(waiting[crop.box.slices], crop.size))
             seconds += time.perf_counter() - started
-            canvas.paste(crop.core, _full_resolution(fill, crop), crop.hole)
+            fill = _full_resolution(fill, crop)
+            if weights is not None:
+                weight = weights[crop.core.slices][..., None]
+                fill = weight * fill + (1 - weight) * canvas.read(crop.core, crop.core.size)
+            canvas.paste(crop.core, fill, crop.hole)
             if len(crops) > 1:
                 waiting[crop.core.slices] &= ~crop.hole
             if progress:
                 progress(done + 1, len(crops))
-        strategy = self.settings.strategy_for(canvas.size)
-        return FillReport(strategy, len(crops), int(np.count_nonzero(hole)), seconds)
+        return FillReport(settings.strategy_for(canvas.size), len(crops), asked, seconds)
 
     def _within_limits(self, crops: list[Crop]) -> list[Crop]:
         """Return the crops, seen smaller where the model, an engine, does not take their size."""
@@ -221,21 +294,15 @@ class Inpainter:
         return MisfError(f"{self.backend.name} failed at {size[1]}x{size[0]}: {one_line(error)}")
 
 
-def _hole(mask: Any) -> Mask:
-    """Return a mask of any kind that Inpainter takes, as bool H,W, True = hole."""
+def _hole(mask: Any, masks: MaskSettings) -> Mask:
+    """Return a mask of any kind that Inpainter takes, as bool H,W, True = hole, at its own size."""
     if isinstance(mask, bytes):
-        return mask_from_image(open_mask(Path("the mask"), data=mask))
+        return masks.hole(open_mask(Path("the mask"), data=mask))
     if isinstance(mask, str | os.PathLike):
-        return mask_from_image(open_mask(Path(mask)))
+        return masks.hole(open_mask(Path(mask)))
     if isinstance(mask, Image.Image):
-        return mask_from_image(upright(mask, "the mask"))
-    return mask_from_array(np.asarray(mask))
-
-
-def network_working_size(config: Mapping[str, Any]) -> int:
-    """Return the working size that a model file gives for its network; that of misf-small for files without one."""
-    size = config.get("working_size")
-    return size if isinstance(size, int) and size >= 64 else CropSettings.working_size
+        return masks.hole(upright(mask, "the mask"))
+    return masks.hole(np.asarray(mask))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

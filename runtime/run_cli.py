@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import dataclass, field
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import command, log_about, one_line, print_json
-from ..plugins.shared.errors import BATCH_FAILURES, MisfError
+from ..plugins.shared.command import command, one_line, print_json
+from ..plugins.shared.errors import BATCH_FAILURES
 from ..plugins.shared.progress import progress
 from ..plugins.shared.shipped import ModelFile
 from .backends.contract import BACKENDS, PRECISIONS
+from .folder_run import FolderRun, Results, run_one
+from .mask_options import FITTING, READING, mask_options
 from .pictures.settings import STRATEGIES
 
 if TYPE_CHECKING:
@@ -23,27 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXISTING = click.Path(exists=True, path_type=Path)
-
-
-@dataclass
-class _Results:
-    """What became of the pictures."""
-
-    skipped: list[Path]  # files of the folder that are no pictures
-    finished: list[Job]  # by an earlier run
-    done: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[tuple[Job, Exception]] = field(default_factory=list)
-    interrupted: bool = False  # the run ended before its last picture
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what --json tells of them."""
-        return {
-            "images": self.done,
-            "failures": [{"input": str(job.image), "error": one_line(error)} for job, error in self.failures],
-            "finished_before": [str(job.output) for job in self.finished],
-            "skipped": [str(path) for path in self.skipped],
-            "interrupted": self.interrupted,
-        }
 
 
 def _device(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -106,56 +88,43 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
     "--margin", type=click.IntRange(min=0), help="Pixels of context around a hole.  [default: a quarter of the hole]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: one per core]")
-@click.option(
-    "--mask-threshold",
-    type=click.IntRange(0, 254),
-    default=127,
-    show_default=True,
-    help="Mask values above this (0-254) are holes.",
-)
-@click.option("--invert-mask", is_flag=True, help="Black marks the hole instead of white.")
-@click.option("--resize-mask", is_flag=True, help="Accept a mask of another size and resize it to the picture.")
-@click.option(
-    "--grow-mask",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="PIXELS",
-    help="Grow the hole by this many pixels, to cover the soft edge of an object.",
-)
-@click.option(
-    "--mask-from-alpha",
-    is_flag=True,
-    help="Transparent pixels are the hole: those of MASK, or of IMAGE if no MASK is given.",
-)
+@mask_options(READING, FITTING)
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option(
     "--skip-existing", is_flag=True, help="Skip pictures whose output exists, to continue an interrupted run."
 )
 @click.option("--no-follow-links", is_flag=True, help="Do not follow links to folders.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Pictures of a folder to work on at a time.",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append a line of JSON for each picture as it is done: status done, exists or failed.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Write nothing; count pictures and crops and estimate the time they take."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(
     model: Path,
     image: Path,
     mask: Path | None,
     output: Path | None,
-    backend: str,
-    device: str,
-    precision: str,
-    strategy: str,
-    working_size: int | None,
-    margin: int | None,
-    threads: int | None,
-    mask_threshold: int,
-    invert_mask: bool,
-    resize_mask: bool,
-    grow_mask: int,
-    mask_from_alpha: bool,
     concat: bool,
     force: bool,
     skip_existing: bool,
     no_follow_links: bool,
+    jobs: int,
+    report: Path | None,
+    dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> int:
     """Fill the white parts of MASK in IMAGE with MODEL, and print the path of the result.
 
@@ -169,55 +138,80 @@ def main(
     Example:
       misf-run misf-small photo.jpg mask.png -o filled.jpg
     """
-    if mask is None and not mask_from_alpha:
+    if mask is None and not options["mask_from_alpha"]:
         raise click.UsageError("Missing argument 'MASK': give a mask, or pass --mask-from-alpha.")
     if force and skip_existing:
         raise click.UsageError("--force and --skip-existing contradict each other: give one of them")
-    jobs, results = _planned(
-        image, mask, output, skip_existing, not no_follow_links
-    )  # before the model is loaded, so that a wrong path fails at once
+    # Before the model is loaded, so that a wrong path fails at once.
+    planned, results = _planned(image, mask, output, skip_existing, not no_follow_links)
 
-    from .fill_file import FileFiller, MaskSettings
+    from .fill_file import FileFiller
     from .inpainter import Inpainter
 
-    inpainter = Inpainter(
-        model,
-        backend=backend,
-        device=device,
-        strategy=strategy,
-        working_size=working_size,
-        margin=margin,
-        precision=precision,
-        threads=threads,
-    )
-    masks = MaskSettings(mask_threshold, invert_mask, resize_mask, mask_from_alpha, grow_mask)
+    if options["threads"] is None and jobs > 1:
+        options["threads"] = max(1, (os.cpu_count() or 1) // jobs)
+    inpainter = Inpainter(model, **options)
     chosen = inpainter.backend
+    settings = {
+        "model": str(model),
+        "backend": chosen.name,
+        "device": chosen.device,
+        "precision": chosen.precision,
+        "strategy": inpainter.settings.strategy,
+        "working_size": inpainter.settings.working_size,
+    }
+    filler = FileFiller(inpainter, mask, concat, force)
+    if dry_run:
+        return _estimate(filler, planned, results, jobs, settings, as_json)
+    lines = report.open("a", encoding="utf-8") if report else None
     try:
-        _run(FileFiller(inpainter, mask, masks, concat, force), jobs, results, image.is_dir(), print_paths=not as_json)
+        run = FolderRun(filler, results, jobs, lines, print_paths=not as_json) if image.is_dir() else None
+        if run:
+            run(planned, share=skip_existing)
+        else:
+            run_one(filler, planned, results, lines, print_path=not as_json)
     except BaseException:
         results.interrupted = True
         raise
     finally:
+        with contextlib.suppress(OSError):  # every line was flushed, or has failed already
+            if lines:
+                lines.close()
         if as_json:
-            settings = {
-                "model": str(model),
-                "backend": chosen.name,
-                "device": chosen.device,
-                "precision": chosen.precision,
-                "strategy": strategy,
-                "working_size": inpainter.settings.working_size,
-            }
             print_json(settings | results.to_dict())
     if results.failures and not image.is_dir():
         raise results.failures[0][1]
     if results.failures:
-        log.error("%d of %d pictures failed", len(results.failures), len(jobs))
+        log.error("%d of %d pictures failed", len(results.failures), len(planned))
     return BATCH_FAILURES if results.failures else 0
+
+
+def _estimate(
+    filler: FileFiller, planned: list[Job], results: Results, jobs: int, settings: dict[str, Any], as_json: bool
+) -> int:
+    """Print what a run would do, and exit as it would where a picture's mask is already known to be wrong."""
+    from .estimate import estimate
+
+    with progress("masks", lines=True) as step:
+        found = estimate(filler, planned, jobs, step)
+    document = {
+        **settings,
+        **found.to_dict(),
+        "finished_before": len(results.finished),
+        "skipped": len(results.skipped),
+    }
+    for job, error in found.failures:
+        log.error("%s: %s", job.relative, one_line(error))
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(found.text(f"{settings['backend']}, {settings['device']}, {settings['precision']}"))
+    return BATCH_FAILURES if found.failures else 0
 
 
 def _planned(
     image: Path, mask: Path | None, output: Path | None, skip_existing: bool, follow_links: bool
-) -> tuple[list[Job], _Results]:
+) -> tuple[list[Job], Results]:
     """Return the jobs to do, and the results with what is not to do."""
     from .jobs import plan_jobs
     from .pictures.image_io import output_format
@@ -235,34 +229,4 @@ def _planned(
     if finished:
         log.info("%d of %d pictures are finished and left alone", len(finished), len(jobs))
     waiting = set(jobs) - set(finished)
-    return [job for job in jobs if job in waiting], _Results([image / path for path in skipped], finished)
-
-
-def _run(filler: FileFiller, jobs: list[Job], results: _Results, folder: bool, print_paths: bool) -> None:
-    """Run the jobs; what becomes of each is added to the results at once."""
-    with progress("pictures" if folder else "crops") as step:
-        for number, job in enumerate(jobs, start=1):
-            try:
-                with log_about(f"{job.relative}: " if folder else ""):
-                    record = filler.run(job, progress=None if folder else step)
-            except (MisfError, ValueError, OSError, MemoryError) as error:
-                results.failures.append((job, error))
-                if folder:
-                    text = one_line(error)
-                    log.error("%s", text if str(job.image) in text else f"{job.relative}: {text}")
-                    log.debug("the failure in full:", exc_info=True)
-            else:
-                results.done.append(record)
-                if print_paths:
-                    print(record["output"], flush=True)
-                log.info(
-                    "%s: %dx%d, %s, %d crops, %.2f s",
-                    job.relative,
-                    record["width"],
-                    record["height"],
-                    record["strategy"],
-                    record["crops"],
-                    record["seconds"],
-                )
-            if folder:
-                step(number, len(jobs))
+    return [job for job in jobs if job in waiting], Results([image / path for path in skipped], finished)

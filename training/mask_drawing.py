@@ -17,7 +17,7 @@ from ..plugins.shared.command import one_line
 from ..plugins.shared.errors import MisfError
 from ..runtime.pictures.geometry import Mask
 from ..runtime.pictures.image_io import open_mask
-from ..runtime.pictures.masks import mask_from_image, resized_mask
+from ..runtime.pictures.masks import MaskSettings, resized_mask
 
 log = logging.getLogger(__name__)
 
@@ -182,21 +182,17 @@ class MaskFolder:
     Args:
         paths: the mask files. One that cannot be read or marks no hole is reported once and left out by `mask`, its
             path is in `bad`; for `read`, one that cannot be read is an error that names it.
-        invert: the files mark what is known, not the hole, as the Dunhuang masks do.
-        threshold: grey values above it (0 to 255) are marked.
+        settings: how the files are read; resize, grow and feather are not used.
         cache_bytes: decoded masks are kept, a bit a pixel, up to this size.
     """
 
     def __init__(
-        self, paths: Sequence[Path], *, invert: bool = False, threshold: int = 127, cache_bytes: int = 1 << 29
+        self, paths: Sequence[Path], settings: MaskSettings | None = None, *, cache_bytes: int = 1 << 29
     ) -> None:
         if not paths:
             raise MisfError("no mask files: expected a folder or a list with at least one picture")
-        if not 0 <= threshold < 255:
-            raise ValueError(f"mask threshold {threshold}: expected 0 to 254")
         self.paths = tuple(paths)
-        self.invert = invert
-        self.threshold = threshold
+        self.settings = settings or MaskSettings()
         self.bad: dict[Path, str] = {}
         self._space = cache_bytes
         self._kept: dict[int, tuple[NDArray[np.uint8], tuple[int, int]]] = {}
@@ -246,7 +242,7 @@ class MaskFolder:
             kept: Mask = np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(np.bool_)
             return kept
         try:
-            mask = mask_from_image(open_mask(self.paths[index]), self.threshold, self.invert, quiet=True)
+            mask = self.settings.hole(open_mask(self.paths[index]), quiet=True)
         except (ValueError, OSError) as error:
             raise MisfError(f"mask {self.paths[index]} cannot be read: {one_line(error)}") from error
         bits = np.packbits(mask)

@@ -16,6 +16,7 @@ from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need
 from ..plugins.shared.progress import progress
 from ..plugins.shared.shipped import ModelFile
+from ..runtime.mask_options import READING, mask_options
 from .model.config import PRESETS
 from .model.options import official_option
 from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, Recipe
@@ -40,7 +41,7 @@ ANY_TIME = ("output", "resume", "auto_resume", "device", "workers", "stop_after"
 """Options that do not change what a run computes: they go with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
-PLAIN = ("invert_mask", "mask_threshold", "precision", "resident", "perceptual_backbone")
+PLAIN = ("invert_mask", "mask_threshold", "mask_values", "precision", "resident", "perceptual_backbone")
 """Options that run.json keeps as they are."""
 STARTED = time.monotonic()
 
@@ -55,14 +56,7 @@ STARTED = time.monotonic()
 )
 @click.option("--data", type=EXISTING, help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
-@click.option("--invert-mask", is_flag=True, help="Black marks the hole in mask files, instead of white.")
-@click.option(
-    "--mask-threshold",
-    type=click.IntRange(0, 254),
-    default=127,
-    show_default=True,
-    help="Mask values above this are holes.",
-)
+@mask_options(READING)
 @click.option(
     "--val",
     type=EXISTING,
@@ -170,7 +164,7 @@ def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
         _refuse_changes()
     resume = resume or (auto_resume and folder.exists)  # on every process before rank 0 can have written anything
     if resume:
-        settings = folder.read_settings()
+        settings = {"mask_values": None, **folder.read_settings()}  # None in runs of older versions
         needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
@@ -179,7 +173,10 @@ def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
         options |= {name: settings[name] for name in PACE if not _given(name)}
     if not resume:
         if folder.exists:
-            raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
+            raise MisfError(
+                f"{output} already holds a run: continue it with --resume, or start another from its weights, "
+                f"--init-from {folder.weights} --output ANOTHER"
+            )
         if options["data"] is None:
             raise click.UsageError("--data is missing: a folder or a list of pictures")
         settings = _settings(options)
@@ -197,7 +194,10 @@ def _refuse_changes() -> None:
     given = [parameter.opts[0] for parameter in fixed if parameter.name and _given(parameter.name)]
     given = [option for option in given if option not in ("-v", "-q", "--version")]
     if given:
-        raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}")
+        raise click.UsageError(
+            f"--resume continues with the run's own settings: leave out {', '.join(given)}, or start another run "
+            "from its weights with --init-from"
+        )
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -207,8 +207,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     recipe = _recipe(options)
     if options["masks"] != "random" and not Path(options["masks"]).exists():
         raise click.UsageError(f"--masks {options['masks']}: expected random, or a folder or list of mask files")
-    if options["masks"] == "random" and options["invert_mask"]:
-        raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
+    if options["masks"] == "random" and (options["invert_mask"] or options["mask_values"]):
+        raise click.UsageError("--invert-mask and --mask-value are for mask files: give --masks FOLDER")
     return {
         "recipe": json.loads(recipe.to_json()),
         **{name: options[name] and str(options[name].resolve()) for name in PATHS},
@@ -270,7 +270,9 @@ def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
             f"{start.path} does not say by which recipe it was trained: give --recipe, one of {named}"
         )
     recipe = Recipe.from_json(start.recipe)
-    log.info("the recipe is that of %s, with %d steps (--steps, --recipe)", start.path.name, recipe.steps)
+    log.info(
+        "the recipe is the one that %s was trained by; --recipe, --steps and other options change it", start.path.name
+    )
     return recipe
 
 
@@ -324,21 +326,30 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     parts = ("seconds", int(recipe.seconds), int(trainer.elapsed_s))
     if not recipe.seconds:
         parts = ("steps", recipe.steps, trainer.step)
-    with progress(*parts, lines=fabric.is_global_zero) as step:
-        train(
-            trainer,
-            samples,
-            folder,
-            workers=options["workers"],
-            log_every=options["log_every"],
-            save_every=options["save_every"],
-            picture_every=options["picture_every"],
-            stop_at=STARTED + options["stop_after"] if options["stop_after"] else math.inf,
-            cases=cases,
-            progress=lambda done, text: (
-                step(int(trainer.elapsed_s), text=f"step {done}, {text}") if recipe.seconds else step(done, text=text)
-            ),
+    try:
+        with progress(*parts, lines=fabric.is_global_zero) as step:
+            train(
+                trainer,
+                samples,
+                folder,
+                workers=options["workers"],
+                log_every=options["log_every"],
+                save_every=options["save_every"],
+                picture_every=options["picture_every"],
+                stop_at=STARTED + options["stop_after"] if options["stop_after"] else math.inf,
+                cases=cases,
+                progress=lambda done, text: (
+                    step(int(trainer.elapsed_s), text=f"step {done}, {text}")
+                    if recipe.seconds
+                    else step(done, text=text)
+                ),
+            )
+    except KeyboardInterrupt:
+        saved = (
+            "there is no saved state yet" if not folder.state.exists() else f"the last state saved is in {folder.state}"
         )
+        log.info("at step %d, %s (--save-every): --resume continues from there", trainer.step, saved)
+        raise
     trainer.close()
     if fabric.is_global_zero:
         log.info("done; the weights:")
@@ -346,14 +357,17 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
 
 
 def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int) -> TrainingSamples | ResidentSamples:
+    from ..runtime.pictures.masks import MaskSettings
     from .dataset import MaskSource, Pictures, TrainingSamples, picture_paths
     from .mask_drawing import MaskFolder, RandomMasks
 
     masks: MaskSource = RandomMasks()
     if settings["masks"] != "random":
-        masks = MaskFolder(
-            picture_paths(settings["masks"]), invert=settings["invert_mask"], threshold=settings["mask_threshold"]
+        values = settings["mask_values"]
+        reading = MaskSettings(
+            settings["mask_threshold"], settings["invert_mask"], values=None if values is None else tuple(values)
         )
+        masks = MaskFolder(picture_paths(settings["masks"]), reading)
     pictures = Pictures(picture_paths(settings["data"]))
     pictures.preload()
     if settings["resident"]:

@@ -63,14 +63,14 @@ def main(
 
 
 def engine_path(output: Path) -> Path:
-    """Return the name of an engine; click.BadParameter unless it ends like one."""
+    """Return the path of an engine; click.BadParameter unless its suffix is an engine's."""
     if output.suffix.lower() not in ENGINES:
         raise click.BadParameter(f"expected a name that ends in {' '.join(ENGINES)}, got {output.name}")
     return output
 
 
 def finish(report: Any, as_json: bool) -> None:
-    """Say what was built, on stderr, and print its path or the JSON document."""
+    """Log what was built, and print its path or the JSON document."""
     log.info("%s", summary(report))
     for line in layer_lines(report):
         log.debug("%s", line)

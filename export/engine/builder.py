@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ...runtime.engines.flavors import Flavor, load_flavor, logger_of, reason, u
 from ...runtime.engines.inspector import inspect, inspected_layers, inspected_proof
 from ...runtime.engines.network import build_config, parsed_network
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
+from ...runtime.pictures.settings import network_working_size
 from ..model_types import float_types
 from .monitor import cancellable, make_monitor
 
@@ -46,6 +47,8 @@ class EngineOptions:
     backend: str = "auto"
     """tensorrt, tensorrt-rtx or auto."""
     limits: Limits = DEFAULT_LIMITS
+    opt_by_network: bool = False
+    """Optimise for the network's working size, as far as the limits allow, whatever `limits.opt` says."""
     precision: str | None = None
     """fp32 or fp16: what the engine must come out as; None: what the ONNX file says."""
     workspace_gib: float | None = None
@@ -93,6 +96,8 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     """
     options = options or EngineOptions()
     model, config = read_model(source)
+    if options.opt_by_network:
+        options = replace(options, limits=_tuned(options.limits, network_working_size(config)))
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     asked = options.precision or metadata.get("misf.precision", "fp32")
     flavor = load_flavor(options.backend)
@@ -113,7 +118,7 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
         gpu=machine.gpu,
         compute_capability=machine.compute_capability,
         precision_asked=asked,
-        precision_obtained=asked,  # or there would be no engine
+        precision_obtained=asked,  # otherwise there would be no engine
         precision_proof=proof,
         convolutions=obtained,
         limits=options.limits,
@@ -131,13 +136,19 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     return EngineReport(output, info, other_tools(flavor, source, asked, output, options.limits, plugin))
 
 
+def _tuned(limits: Limits, side: int) -> Limits:
+    """Return the limits with an optimum of side x side, or what they allow nearest to that."""
+    height, width = (min(max(side, limits.min[axis]), limits.max[axis]) for axis in (1, 2))
+    return replace(limits, opt=(limits.opt[0], height, width))
+
+
 def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
     """Return an ONNX file and the network's config in it; ValueError unless misf-export wrote it."""
     if not path.is_file():
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an ONNX file")
     try:
         model = onnx.load(path)
-    except Exception as error:  # protobuf's own, which is not ours to import
+    except Exception as error:  # protobuf's own exceptions, which we do not import
         raise ValueError(f"{path} is not an ONNX file, or a damaged one: {one_line(error)}") from error
     inputs = {
         value.name: [side.dim_value or side.dim_param for side in value.type.tensor_type.shape.dim]
@@ -148,7 +159,7 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
 
 
 def _machine(flavor: Flavor, device: int) -> _Machine:
-    """Return the GPU that the engine will be bound to, now this thread's.
+    """Make the target GPU this thread's and return it.
 
     RTX engines are for all RTX GPUs, and are built without one.
     """
@@ -161,7 +172,7 @@ def _machine(flavor: Flavor, device: int) -> _Machine:
         raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
     if device >= count:
         raise EnvironmentMismatch(f"cuda:{device} was requested but there are {count} GPUs")
-    cuda.set_device(device)  # before anything of TensorRT's is made, which stays with the GPU of that time
+    cuda.set_device(device)  # before any TensorRT object is made: each stays on the GPU current at that time
     return _Machine(gpu_name(device), cuda.compute_capability(device))
 
 
@@ -201,7 +212,7 @@ def _build(
 
         def build() -> Any:
             if machine.gpu:
-                CudaRuntime().set_device(options.device)  # is each thread's own
+                CudaRuntime().set_device(options.device)  # is per thread
             return builder.build_serialized_network(network, config)
 
         plan = cancellable(build, monitor.cancelled)
@@ -221,17 +232,21 @@ def _config(flavor: Flavor, builder: Any, options: EngineOptions) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * (1 << 30)))
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # for RTX: or its work cannot be captured as a CUDA graph
+    if hasattr(
+        trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
+    ):  # RTX: without it, the work cannot be captured as a CUDA graph
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if hasattr(trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"):  # or every shape takes the largest's memory
+    if hasattr(
+        trt.PreviewFeature, "RUNTIME_ACTIVATION_RESIZE_10_10"
+    ):  # otherwise every shape takes the memory of the largest
         config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     return config
 
 
 @contextlib.contextmanager
 def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: _Machine) -> Iterator[None]:
-    """Give the builder what it measured in earlier builds, and keep what it measures in this one."""
-    if not flavor.has_plugins:  # for RTX: it measures nothing when it builds
+    """Read the builder's timing cache before the build and write it back after."""
+    if not flavor.has_plugins:  # TensorRT for RTX measures nothing at build time
         if options.timing_cache:
             log.info("%s keeps no timing cache: %s is not used", flavor.title, options.timing_cache)
         yield
@@ -245,7 +260,7 @@ def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: 
         config.set_timing_cache(config.create_timing_cache(b""), False)
     try:
         yield
-    finally:  # a build that was cancelled measured for minutes too
+    finally:  # a cancelled build may have measured for minutes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as temporary:
@@ -279,7 +294,7 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
 
 
 def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
-    """Return what the engine inspector says of a plan, after loading it: the first proof that it can be loaded."""
+    """Load a plan, which proves that it loads, and return the engine inspector's report."""
     logger = logger_of(flavor)
     runtime = flavor.module.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)
@@ -292,7 +307,7 @@ def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
 def other_tools(
     flavor: Flavor, source: Path, precision: str, plan: Path, limits: Limits, plugin: Path | None
 ) -> dict[str, str]:
-    """Return the commands of other tools, with the same plugin library.
+    """Return commands for other tools, with the same plugin library.
 
     trtexec and Triton run the plan; Polygraphy builds `source` again and compares it with ONNX Runtime.
     """

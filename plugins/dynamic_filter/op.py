@@ -200,7 +200,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 @functools.cache
 def _triton() -> bool:
-    """Return whether triton can be imported; where it cannot, say once why the op will be slow."""
+    """Return whether triton can be imported; if not, warn once that the op will be slow."""
     if importlib.util.find_spec("triton") is not None:
         return True
     warnings.warn(

@@ -1,7 +1,7 @@
 """The dynamic filter for torch's CUDA tensors, in Triton's language: forward and both gradients.
 
-What is computed is op.py's formula, for any strides, with sums in float32. Needs the package triton, which torch's
-CUDA builds for Linux bring along. With TRITON_INTERPRET=1 the same text runs on a CPU, as the tests have it.
+Computes op.py's formula, for any strides, with sums in float32. Needs the package triton, which torch's CUDA builds
+for Linux include. With TRITON_INTERPRET=1 the same code runs on a CPU, as in the tests.
 
 R consecutive taps use one channel of `taps`, so P = R / gcd(R, K*K) channels of features form a group that uses whole
 channels of taps. A program makes a tile of pixels and groups. For each pair it goes through the group's P*K*K products
@@ -133,7 +133,7 @@ def misf_filter_fours(
     block_groups: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Do what misf_filter does for groups of four channels side by side in memory: they are read and written together.
+    """Like misf_filter, for groups of four channels adjacent in memory, which are read and written together.
 
     What the four products at one place read twice of the taps, the compiler reads once.
     """
@@ -201,7 +201,7 @@ def misf_grad_taps(
 
 @functools.cache
 def _tuned(kernel):
-    """Return the kernel tuned once per dtype, K, R and layout; what is found is kept beside triton's compiled code."""
+    """Return the kernel, tuned once per dtype, K, R and layout; the result is cached beside triton's compiled code."""
     return triton.autotune(CONFIGS, key=["kernel_size", "share", "block_groups", "gradient"], cache_results=True)(
         kernel
     )

@@ -39,7 +39,9 @@ _subject: ContextVar[str] = ContextVar("subject", default="")
 
 def one_line(error: BaseException) -> str:
     """Return an exception's message as one line: 'FILE: reason' for an OSError, never empty, cut where it rambles."""
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, FileNotFoundError) and error.strerror and not error.filename:
+        text = "the working folder no longer exists: change to another"  # what os.getcwd raises
+    elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, MemoryError):
         text = str(error) or "out of memory"
@@ -62,13 +64,13 @@ def print_json(document: object) -> None:
 
 
 def wants_progress_bar() -> bool:
-    """Return whether stderr is a terminal and the user wants to hear of progress."""
+    """Return whether stderr is a terminal and progress is wanted."""
     return sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
 
 
 @contextlib.contextmanager
 def log_about(subject: str) -> Iterator[None]:
-    """Begin every line that is logged inside the block with `subject`, such as "x.png: ", the one of many at work."""
+    """Prefix every line logged inside the block with `subject`, such as "x.png: "."""
     token = _subject.set(subject)
     try:
         yield
@@ -186,8 +188,8 @@ def _fail(line: str, code: int) -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Make stdout and stderr places that can always be written to."""
-    # Where stderr was closed, the next file that is opened would be number 2, and get what libraries say there.
+    """Make sure that stdout and stderr can be written to."""
+    # If stderr is closed, the next file opened would get number 2, and with it what libraries print there.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

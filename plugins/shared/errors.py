@@ -1,4 +1,4 @@
-"""The few error classes of misf, and all exit codes of its commands."""
+"""Error classes, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class MisfError(Exception):
 
 
 class AccuracyError(MisfError):
-    """A model missed the accuracy or precision that was asked of it."""
+    """A model missed the required accuracy or precision."""
 
     exit_code = ACCURACY
 
 
 class EnvironmentMismatch(MisfError):  # noqa: N818 - reads better without "Error" in the exit-code table
-    """This machine lacks what a model or a flag asks for: a GPU, a library, a matching version."""
+    """This machine lacks what a model or a flag needs: a GPU, a library, a matching version."""
 
     exit_code = ENVIRONMENT

@@ -1,4 +1,4 @@
-"""Packages that not every install has: whether they are there, and the error that names the extra that brings them."""
+"""Optional packages: whether they are installed, and the error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import EnvironmentMismatch
 def is_installed(module: str) -> bool:
     """Return whether a module can be imported; it is not loaded.
 
-    A folder without code is not a module: that is what is left when two packages shared it and one was uninstalled.
+    A folder without code does not count: uninstalling one of two packages that share a module leaves one behind.
     """
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None

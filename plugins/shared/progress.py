@@ -17,10 +17,10 @@ LINE_SECONDS = 60.0
 
 
 class Step(Protocol):
-    """Says how far the work is."""
+    """Reports progress."""
 
     def __call__(self, done: int, total: int | None = None, text: str = "") -> None:
-        """Say how many parts are done, of how many if that has changed, and what else is worth knowing."""
+        """Report how many parts are done, the total if it has changed, and a short text."""
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def progress(what: str, total: int | None = None, start: int = 0, lines: bool = 
 
 
 def duration(seconds: float) -> str:
-    """Return a time to come, as people say it: 40 s, 12 min, 3 h 20 min."""
+    """Format a remaining time: 40 s, 12 min, 3 h 20 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

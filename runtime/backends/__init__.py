@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import is_installed, need, need_onnx_runtime
-from ...plugins.shared.shipped import SHIPPED, shipped_model
+from ...plugins.shared.shipped import SHIPPED, shipped_checkpoint, shipped_model
 from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def open_backend(
     what the file or, on OpenVINO, the processor offers. Raises ValueError or MisfError for a file that is no such
     model, EnvironmentMismatch for a library or a GPU that was requested but is not there.
     """
-    path = shipped_model(model)
+    path = shipped_checkpoint(model) if backend == "pytorch" else shipped_model(model)
     device = parse_device(device or os.environ.get("MISF_DEVICE") or "auto")
     for what, value, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
         if value not in known:
@@ -54,7 +54,7 @@ def open_backend(
 
         opened: Backend = TensorRtBackend(path, device, precision)
     elif backend == "tensorrt":
-        raise ValueError(f"{path} is no engine: build one of an .onnx file with misf-build, and run that")
+        raise ValueError(f"{path} is not an engine: build one from an .onnx file with misf-build and run that")
     elif suffix in CHECKPOINTS:
         if backend not in ("auto", "pytorch"):
             raise ValueError(f"{path} is a checkpoint, which {backend} cannot run: export it with misf-export first")
@@ -65,7 +65,7 @@ def open_backend(
         opened = _open_onnx(path, backend, device, precision, threads)
     else:
         known_suffixes = " ".join((".onnx", *CHECKPOINTS, *ENGINES))
-        raise ValueError(f"{path} is no model that we know by its name: expected one of {known_suffixes}")
+        raise ValueError(f"{path} has no suffix of a model file: expected one of {known_suffixes}")
     log.info("%s runs on %s, %s, %s", path.name, opened.name, opened.device, opened.precision)
     return opened
 
@@ -118,7 +118,7 @@ def _is_light(path: Path) -> bool:
 
         metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
         return bool(json.loads(metadata["misf.config"])["fill_first"])
-    except Exception:  # no onnx, or no file of ours: whoever opens it next says so
+    except Exception:  # no onnx, or not our file: the backend that opens it next reports that
         return False
 
 
@@ -137,5 +137,5 @@ def _open_best(path: Path, device: str, openvino: Callable[[], Backend], onnxrun
         except MisfError as error:
             if not has_onnx_runtime:
                 raise
-            log.warning("OpenVINO cannot run %s, ONNX Runtime does instead: %s", path.name, error)
+            log.warning("OpenVINO cannot run %s, so ONNX Runtime does: %s", path.name, error)
     return onnxruntime()

@@ -1,4 +1,4 @@
-"""What a backend is: the call, the facts it states, the names and devices that all know, our ONNX files' signature.
+"""The backend interface, the names and devices shared by all backends, and the signature of our ONNX files.
 
 A new backend is a class that fits `Backend`, a line in BACKENDS, and a branch in `open_backend`.
 """
@@ -94,7 +94,7 @@ def check_onnx(
 
 
 def file_precision(path: Path, metadata: Mapping[str, str]) -> str:
-    """Return what precision an ONNX file was exported in, by its metadata: fp32 or fp16; ValueError for another."""
+    """Return the precision of an ONNX file by its metadata, fp32 or fp16; ValueError for anything else."""
     precision = metadata.get("misf.precision", "fp32")
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"{path} has metadata misf.precision {precision!r:.40}: expected fp32 or fp16")

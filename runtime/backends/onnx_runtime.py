@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-FATAL = 4  # what ONNX Runtime says by itself on stderr; its errors reach us as exceptions
+FATAL = 4  # the level of ONNX Runtime's own log on stderr; its errors reach us as exceptions
 
 
 def has_cuda() -> bool:
@@ -75,7 +75,7 @@ class OnnxRuntimeBackend:
         return output
 
     def _on_gpu(self, image: Any, mask: Any) -> Any:
-        """Return the finished picture for torch tensors on this session's device, which are read where they lie."""
+        """Return the finished picture for torch tensors on this session's device, without copying them."""
         import torch
 
         kind, _, index = self.device.partition(":")
@@ -88,7 +88,7 @@ class OnnxRuntimeBackend:
                 raise ValueError(f"{name} must be a contiguous float32 torch tensor on {self.device}, got {found}")
             bind = binding.bind_output if name == "output" else binding.bind_input
             bind(name, kind, int(index or 0), np.float32, tuple(tensor.shape), tensor.data_ptr())
-        torch.cuda.current_stream(image.device).synchronize()  # ONNX Runtime's stream is another
+        torch.cuda.current_stream(image.device).synchronize()  # ONNX Runtime uses another stream
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return output
@@ -122,7 +122,7 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
 def _session(path: Path, providers: list[Any], threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
-    # Every size of picture would get a memory pattern of its own: gigabytes at 1024x1024, for nothing.
+    # A memory pattern is kept for every picture size: gigabytes at 1024x1024, for no gain.
     options.enable_mem_pattern = False
     if threads:
         options.intra_op_num_threads = threads

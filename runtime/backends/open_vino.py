@@ -1,4 +1,4 @@
-"""ONNX files on OpenVINO: the fastest on CPUs, in bfloat16 where the processor multiplies in it."""
+"""ONNX files on OpenVINO: fastest for the published network on CPUs; bfloat16 where the processor has it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class OpenVinoBackend:
         if threads:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            # OpenVINO reads no model-local functions, so misf::DynamicFilter becomes its body first.
+            # OpenVINO does not read model-local functions, so misf::DynamicFilter is inlined first.
             inlined = onnx.inliner.inline_local_functions(model).SerializeToString()
             self._model = core.read_model(inlined, b"")
         except Exception as error:
@@ -65,7 +65,7 @@ class OpenVinoBackend:
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the finished picture."""
         with self._compiling:
-            request = self._compiled(image.shape).create_infer_request()  # one's own: its memory holds the result
+            request = self._compiled(image.shape).create_infer_request()  # one per call: its memory holds the result
         results = request.infer({"image": image, "mask": mask}, share_inputs=True, share_outputs=True)
         output: Tensor = results["output"].copy()
         return output
@@ -78,7 +78,7 @@ class OpenVinoBackend:
                 self._any_size = self._core.compile_model(self._model, "CPU", self._settings)
             return self._any_size
         if self._size != shape:
-            self._one_size = None  # its memory is free before the next one takes some
+            self._one_size = None  # free its memory before the next one takes some
             model = self._model.clone()
             model.reshape({"image": [batch, 3, height, width], "mask": [batch, 1, height, width]})
             self._one_size, self._size = self._core.compile_model(model, "CPU", self._settings), shape
@@ -88,7 +88,7 @@ class OpenVinoBackend:
 def _read(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path)
-    except Exception as error:  # protobuf's own, which is not ours to import
+    except Exception as error:  # protobuf's own exceptions, which we do not import
         raise ValueError(f"{path} is not an ONNX file, or a damaged one: {one_line(error)}") from error
 
 

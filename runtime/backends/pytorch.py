@@ -1,4 +1,4 @@
-"""Checkpoints on PyTorch: the reference that everything else is judged against."""
+"""Checkpoints on PyTorch: the reference for everything else."""
 
 from __future__ import annotations
 

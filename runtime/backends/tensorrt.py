@@ -1,11 +1,11 @@
 """Engines of misf-build on TensorRT and TensorRT for RTX. Needs their Python module and libcudart, nothing else.
 
-The side-car is compared with this machine before TensorRT sees the plan. Each shape of picture has its own execution
-context, buffers and, from its second use on, a CUDA graph; the least recently used are dropped. All share the memory
-that TensorRT works in, since one runs at a time, on a stream of its own.
+The side-car is compared with this machine before TensorRT loads the plan. Each picture shape has its own execution
+context, buffers and, from its second use on, a CUDA graph; the least recently used are dropped. All share one scratch
+memory, since only one runs at a time, on the backend's own stream.
 
-Pictures may lie in NumPy arrays, or on the GPU in torch tensors or anything else with __cuda_array_interface__: those
-are copied on the GPU only, and the result is of the same kind. A torch tensor comes back at once: torch's stream waits.
+Pictures may be NumPy arrays, or on the GPU torch tensors or anything else with __cuda_array_interface__: those are
+copied on the GPU only, and the result is of the same type. A torch tensor is returned at once; torch's stream waits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class TensorRtBackend:
         self._cuda, index = _device(path, device, cuda)
         check_gpu(path, info, self._cuda.compute_capability(index))
         if info.gpu not in (None, found := gpu_name(index)):
-            log.warning("%s was tuned on %s, this is %s: it runs, perhaps slower", path.name, info.gpu, found)
+            log.warning("%s was tuned on %s, this is %s: it runs, but perhaps slower", path.name, info.gpu, found)
         _load_plugin(path, info, flavor)
         self.name, self.device = flavor.name, f"cuda:{index}"
         self.precision = self.file_precision = info.precision_obtained
@@ -87,7 +87,7 @@ class TensorRtBackend:
         self._index, self._trt, self._logger = index, flavor.module, logger_of(flavor)
         self._zero_copy = self._wants_zero_copy(zero_copy)
         self._graphs = cuda_graph and flavor.has_plugins  # for RTX: it captures by itself
-        # What contexts are made of. They get memory for their very shape from us, not for the largest of the engine.
+        # How contexts are made: we give them memory for their own shape, not for the engine's largest.
         self._making: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._cuda.on(index):
             self._engine = self._load(path, flavor)
@@ -116,7 +116,7 @@ class TensorRtBackend:
         if wanted and not self._cuda.attribute("can_map_host_memory", self._index):
             raise EnvironmentMismatch("zero copy was requested but this GPU cannot map the CPU's memory")
         if wanted and not self._cuda.attribute("integrated", self._index):
-            log.info("zero copy on a GPU with memory of its own: every access goes over the bus")
+            log.info("zero copy on a GPU with its own memory: every access goes over the bus")
         return wanted
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class TensorRtBackend:
             except CudaError as error:
                 if error.code != OUT_OF_MEMORY:
                     raise
-                self.close()  # what the other shapes hold may be what is missing
+                self.close()  # the other shapes may hold the memory that is missing
                 if alone:
                     raise MemoryError(f"out of memory on {self.device}") from error
             try:
@@ -150,7 +150,7 @@ class TensorRtBackend:
         return run.on_gpu(image, mask, self._index) if on_gpu else run.on_cpu(image, mask)
 
     def _run(self, shape: tuple[int, int, int]) -> _Run:
-        """Return what runs this shape, made when it is new."""
+        """Return the run for this shape, created on first use."""
         if shape in self._runs:
             self._runs.move_to_end(shape)
             return self._runs[shape]
@@ -163,19 +163,19 @@ class TensorRtBackend:
             context, self._cuda, self._stream, self._logger, shape, self._zero_copy, self._graphs
         )
         try:
-            # 0 is an error or nothing to ask for: then what the largest shape needs.
+            # 0 means an error or an unknown size: use what the largest shape needs.
             needed = run.prepare() or self._engine.device_memory_size_v2
             if needed > self._scratch[1]:
                 self._grow_scratch(needed)
             elif needed:
                 run.work_in(*self._scratch)
         except BaseException:
-            self.close()  # others may hold memory that is gone
+            self.close()  # others may refer to memory that was freed
             raise
         return run
 
     def _grow_scratch(self, size: int) -> None:
-        """Give all contexts other memory to work in, larger than before; their graphs hold the old addresses."""
+        """Give all contexts a larger scratch memory and drop their graphs, which hold the old addresses."""
         self._free_scratch()
         self._scratch = (self._cuda.malloc(size), size)
         for run in self._runs.values():
@@ -190,14 +190,14 @@ class TensorRtBackend:
             self._cuda.free(address)
 
     def close(self) -> None:
-        """Free the memory and graphs of all shapes; they come back when they are needed."""
+        """Free the memory and graphs of all shapes; they are made again when needed."""
         while self._runs:
             self._runs.popitem()[1].close()
         with contextlib.suppress(CudaError):
             self._free_scratch()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # half made, or the process is ending
+        with contextlib.suppress(Exception):  # partly constructed, or the process is ending
             self.close()
             self._cuda.destroy_stream(self._stream)
 
@@ -210,7 +210,7 @@ def _flavor(path: Path, info: EngineInfo) -> Flavor:
 
 
 def _device(path: Path, device: str, cuda: CudaRuntime | None) -> tuple[CudaRuntime, int]:
-    """Return the CUDA runtime and the asked GPU's number."""
+    """Return the CUDA runtime and the number of the requested GPU."""
     try:
         cuda = cuda or CudaRuntime()
         count, index = cuda.device_count(), 0 if device == "auto" else device_index(device)
@@ -249,14 +249,14 @@ class _DeviceArray:
 
 
 class _Source(NamedTuple):
-    """An array on the GPU: where it lies, and the stream that writes it (None: not known)."""
+    """An array on the GPU: its address, and the stream that writes it (None: unknown)."""
 
     address: int
     stream: int | None
 
 
 def _source(array: Any, name: str, shape: tuple[int, ...], cuda: CudaRuntime, index: int) -> _Source:
-    """Return a GPU array's place; ValueError unless it is a contiguous float32 array of the shape on that GPU."""
+    """Return a GPU array's address; ValueError unless it is a contiguous float32 array of this shape on that GPU."""
     interface = array.__cuda_array_interface__
     found, strides = tuple(interface["shape"]), interface.get("strides")
     contiguous = tuple(FLOAT_BYTES * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
@@ -268,7 +268,7 @@ def _source(array: Any, name: str, shape: tuple[int, ...], cuda: CudaRuntime, in
     address, stream = interface["data"][0], interface.get("stream")
     if (device := cuda.device_of(address)) != index:
         where = "in no GPU's memory" if device is None else f"on cuda:{device}"
-        raise ValueError(f"{name} must lie on cuda:{index}, where the engine is, and is {where}")
+        raise ValueError(f"{name} must be on cuda:{index}, like the engine, but is {where}")
     if _is_torch(array):
         import torch
 
@@ -305,7 +305,7 @@ class _Run:
         self._uses = 0
 
     def prepare(self) -> int:
-        """Set shapes and buffers; return how many bytes TensorRT works in for this shape, or 0 where it cannot tell."""
+        """Set shapes and buffers; return the scratch bytes TensorRT needs for this shape, 0 if it cannot say."""
         for name in INPUTS:
             if not self._context.set_input_shape(name, self.shapes[name]):
                 raise MisfError(f"the engine does not take {name} of {self.shapes[name]}: {reason(self._logger)}")
@@ -320,16 +320,16 @@ class _Run:
         return int(self._context.update_device_memory_size_for_shapes())
 
     def work_in(self, address: int, size: int) -> None:
-        """Let TensorRT work in this memory."""
+        """Set TensorRT's scratch memory."""
         self._logger.errors.clear()
         self._context.set_device_memory(address, size)  # returns nothing
         if self._logger.errors:
-            raise MisfError(f"the engine does not take {size} bytes to work in: {reason(self._logger)}")
+            raise MisfError(f"the engine rejects {size} bytes of scratch memory: {reason(self._logger)}")
 
     def on_cpu(self, image: Any, mask: Any) -> Tensor:
         """Return the finished picture for arrays on the CPU."""
         places = {name: self._pinned(name) for name in self.shapes}
-        if self._zero_copy:  # a call for torch's stream may still be at work in this memory
+        if self._zero_copy:  # a call on torch's stream may still be using this memory
             self._cuda.synchronize(self._stream)
         for name, array in zip(INPUTS, (image, mask), strict=True):
             np.copyto(self._view(name), np.asarray(array), casting="same_kind")
@@ -360,11 +360,11 @@ class _Run:
         return output
 
     def _compute(self, places: dict[str, int]) -> None:
-        """Enqueue the work on pictures that lie at these addresses, on the CPU or the GPU."""
+        """Enqueue the work on pictures at these addresses, on the CPU or the GPU."""
         for name in INPUTS:
             self._copy(self._gpu[name], places[name], name)
         self._uses += 1
-        if self._uses == 2 and self._graph_wanted:  # a shape that comes once is not worth a graph
+        if self._uses == 2 and self._graph_wanted:  # a shape used once is not worth a graph
             self._graph = self._captured()
         if self._graph is None:
             self._enqueue()
@@ -377,7 +377,7 @@ class _Run:
             self._cuda.copy(target, source, self._bytes[name], self._stream)
 
     def _pinned(self, name: str) -> int:
-        """Return the address of a buffer's pinned memory on the CPU, made when it is first asked for."""
+        """Return the address of a buffer's pinned CPU memory, allocated on first use."""
         if name not in self._cpu:
             address = self._cpu[name] = self._cuda.host_alloc(self._bytes[name])
             self._frees.append(functools.partial(self._cuda.free_host, address))

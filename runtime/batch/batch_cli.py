@@ -18,12 +18,13 @@ from ...plugins.shared.extras import need
 from ...plugins.shared.progress import progress
 from ...plugins.shared.shipped import SHIPPED, shipped_model
 from ..backends.contract import ENGINES
+from ..mask_options import FITTING, READING, mask_options
 from ..run_cli import main as misf_run
 
 log = logging.getLogger(__name__)
 
 MODEL_OPTIONS = ("backend", "device", "precision", "strategy", "working_size", "margin")
-"""Options of misf-run that are keywords of Inpainter."""
+"""Options of misf-run that are keywords of Inpainter, beside those about masks."""
 _SHARED = [parameter for parameter in misf_run.params if parameter.name in (*MODEL_OPTIONS, "force")]
 
 
@@ -31,6 +32,7 @@ _SHARED = [parameter for parameter in misf_run.params if parameter.name in (*MOD
 @click.argument("model")
 @click.argument("image")
 @click.argument("mask", default="")
+@mask_options(READING, FITTING)
 @click.option("-o", "--output", required=True, help="The folder to write to: a path or URL.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPUs per worker.")
 @click.option(
@@ -68,6 +70,8 @@ def main(
     Example:
       misf-batch misf-small s3://photos/in s3://photos/masks -o s3://photos/filled --address auto --report report.jsonl
     """
+    if not mask and not options["mask_from_alpha"] and Path(image).suffix.lower() != ".jsonl":
+        raise click.UsageError("Missing argument 'MASK': give a mask, or pass --mask-from-alpha.")
     need("misf-batch", "cluster", "ray", "fsspec")
     image, mask, output = (url and _absolute(url) for url in (image, mask, output))
     if options["device"].startswith("cuda") and not gpus:

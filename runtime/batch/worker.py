@@ -80,7 +80,7 @@ class Worker:
         if mask:
             record["mask"] = mask
         name = posixpath.basename(entry.image)
-        _write(entry.output, self._inpaint.inpaint_file(data, self._mask(mask) if mask else data, name))
+        _write(entry.output, self._inpaint.inpaint_file(data, self._mask(mask) if mask else None, name))
         return "done"
 
     def _find_mask(self, entry: Entry) -> str:

@@ -91,7 +91,7 @@ def load_flavor(name: str = "auto") -> Flavor:
 def logger_of(flavor: Flavor) -> Any:
     """Return a TensorRT logger that writes to our log and keeps its last errors in the list `errors`.
 
-    One for each flavor: TensorRT keeps the first one that it is given, and tells it everything.
+    One per flavor: TensorRT keeps the first logger that it is given for everything.
     """
     return _logger(flavor.module.ILogger, flavor.name)
 
@@ -99,7 +99,7 @@ def logger_of(flavor: Flavor) -> Any:
 @functools.cache
 def _logger(base: Any, name: str) -> Any:
     levels = {
-        base.Severity.INTERNAL_ERROR: logging.DEBUG,  # told by who asked, as one line: see `reason`
+        base.Severity.INTERNAL_ERROR: logging.DEBUG,  # reported by the caller, as one line: see `reason`
         base.Severity.ERROR: logging.DEBUG,
         base.Severity.WARNING: logging.INFO,
     }
@@ -119,7 +119,7 @@ def _logger(base: Any, name: str) -> Any:
 
 
 def reason(logger: Any) -> str:
-    """Return what TensorRT said last about a failure, as one line without its place in NVIDIA's sources; forget it."""
+    """Return and clear TensorRT's last error, as one line without the location in NVIDIA's sources."""
     if not logger.errors:
         return "it gave no reason"
     text = " ".join(str(logger.errors[-1]).split())

@@ -1,4 +1,4 @@
-"""What TensorRT's engine inspector says of a finished engine: types, layers of each kind, formats at the filters.
+"""TensorRT's engine inspector on a finished engine: types, layers by kind, formats at the filters.
 
 TensorRT 10 writes 'Format/Datatype' in words, TensorRT 11 'Format' and 'DataType' apart. Of tensors whose shape is
 dynamic it says only "N/A due to dynamic shapes", whatever they are: unknown is not wrong.

@@ -1,7 +1,7 @@
-"""How TensorRT for RTX wants to be run. It compiles its kernels in the process that runs an engine, for each shape.
+"""Running TensorRT for RTX. It compiles its kernels in the process that runs an engine, for each shape.
 
-A new shape starts on general kernels while better ones are compiled beside. A CUDA graph of ours would keep the general
-ones, so it captures by itself; misf-build asks for engines that can be captured (REQUIRE_USER_ALLOCATION).
+A new shape starts on general kernels while specialised ones are compiled in the background. A CUDA graph of ours would
+keep the general ones, so TensorRT captures its own; misf-build makes engines that allow it (REQUIRE_USER_ALLOCATION).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RtxKernels:
         self._cache = config.create_runtime_cache()
         self._stored = self._path.read_bytes() if self._path.is_file() else b""
         if self._stored and not self._cache.deserialize(self._stored):
-            log.info("the kernels in %s are for another driver, or damaged: they are compiled anew", self._path)
+            log.info("the kernels in %s are for another driver, or damaged: compiling them again", self._path)
         config.set_runtime_cache(self._cache)
         return config
 

@@ -1,7 +1,8 @@
-"""The side-car of an engine, X.plan.json: what the plan was built of, and for which machine.
+"""The side-car of an engine, X.plan.json: what the plan was built from, and for which machine.
 
-A plan is bound to its TensorRT, its GPU and its plugin, and TensorRT's own checks end in long or in no messages; so we
-write down what it needs and compare before it is loaded. The plan itself stays pure: trtexec and Triton read it.
+A plan is bound to its TensorRT, its GPU and its plugin, and TensorRT's own checks give long messages or none; so the
+side-car records what the plan needs, and it is compared before the plan is loaded. The plan itself stays pure: trtexec
+and Triton read it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the side-car holds."""
+    """Contents of the side-car."""
 
     plan_sha256: str
     plan_bytes: int
@@ -95,7 +96,7 @@ def this_platform() -> str:
 
 @contextlib.contextmanager
 def _restored_on_failure(path: Path) -> Iterator[None]:
-    """Put a file back as it was (or away) when the block fails."""
+    """Restore a file, or remove a new one, when the block fails."""
     before = path.read_bytes() if path.is_file() else None
     try:
         yield

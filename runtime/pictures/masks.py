@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,70 @@ THRESHOLD = 127
 MOSTLY_HOLE = 0.7
 
 
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are read, by every command and by `Inpainter`. ValueError for settings that make no sense."""
+
+    threshold: int = THRESHOLD
+    """Values above this, 0 to 254, are holes."""
+    invert: bool = False
+    """Holes and known pixels change places."""
+    from_alpha: bool = False
+    """Transparent pixels are holes, instead of white ones."""
+    values: tuple[int, ...] | None = None
+    """Holes are the pixels with one of these values (indices of a palette, or grey values), instead of white ones."""
+    resize: bool = False
+    """A mask of another size than the picture is resized to it, by the nearest pixel."""
+    grow: int = 0
+    """The hole grows by this many pixels of the picture, in a straight line."""
+    feather: int = 0
+    """The fill blends into the known pixels over this many pixels around the hole; those pixels then change too."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 254:
+            raise ValueError(f"the mask threshold must be from 0 to 254, got {self.threshold}")
+        if min(self.grow, self.feather) < 0:
+            raise ValueError(
+                f"a mask cannot grow by {self.grow} or feather over {self.feather} pixels: expected 0 or more"
+            )
+        if self.values is not None and self.from_alpha:
+            raise ValueError("mask values are those of an indexed or grey mask, not of an alpha channel: choose one")
+        if self.values is not None and (not self.values or min(self.values) < 0):
+            raise ValueError(f"mask values must be one or more whole numbers from 0 on, got {self.values}")
+
+    def hole(self, mask: Image.Image | NDArray[Any], quiet: bool = False) -> Mask:
+        """Return bool H,W, True = hole, of a picture or an array, at its own size."""
+        if isinstance(mask, Image.Image):
+            return mask_from_image(mask, self.threshold, self.invert, self.from_alpha, quiet, values=self.values)
+        return mask_from_array(mask, self.threshold, self.invert, self.values)
+
+    def fitted(self, hole: Mask, size: Size) -> Mask:
+        """Return the hole at the picture's size H,W, resized and grown as the settings say."""
+        if self.resize and hole.shape != size:
+            log.info("the mask is resized from %dx%d to %dx%d", hole.shape[1], hole.shape[0], size[1], size[0])
+            hole = resized_mask(hole, size)
+        return grown_mask(hole, self.grow)
+
+
 def mask_from_image(
-    image: Image.Image, threshold: int = THRESHOLD, invert: bool = False, from_alpha: bool = False, quiet: bool = False
+    image: Image.Image,
+    threshold: int = THRESHOLD,
+    invert: bool = False,
+    from_alpha: bool = False,
+    quiet: bool = False,
+    *,
+    values: tuple[int, ...] | None = None,
 ) -> Mask:
     """Return bool H,W, True = hole, from a picture of any 8- or 16-bit mode: the one rule of every command.
 
     A pixel is a hole where its grey value (over black where it is transparent) is over `threshold`. With `from_alpha`
-    it is one where the alpha channel is transparent by more than `threshold`: alpha 0 is a hole. `invert` swaps both.
-    quiet: say nothing of masks that look unusual. Raises ValueError for a picture that has no such mask.
+    it is one where the alpha channel is transparent by more than `threshold`: alpha 0 is a hole. With `values` it is
+    one where its palette index or grey value is among them. `invert` swaps both.
+    quiet: log nothing about masks that look unusual. Raises ValueError for a picture that has no such mask.
     """
+    if values is not None:
+        mask = np.isin(_labels(image), values)
+        return ~mask if invert else mask
     if from_alpha:
         if not image.has_transparency_data:
             raise ValueError(f"the mask was to come from an alpha channel, and the picture ({image.mode}) has none")
@@ -64,15 +120,31 @@ def _say_what_is_odd(image: Image.Image, grey: Image.Image, mask: Mask, threshol
 
 def grown_mask(mask: Mask, pixels: int) -> Mask:
     """Return bool H,W: the hole and all that is at most `pixels` from it, counted in a straight line."""
-    if pixels == 0 or not mask.any():
-        return mask
-    from scipy.ndimage import distance_transform_edt
-
-    return np.asarray(distance_transform_edt(~mask) <= pixels)
+    return _distance(mask, pixels) <= pixels if pixels else mask
 
 
-def mask_from_array(array: NDArray[Any]) -> Mask:
-    """Return bool H,W, True = hole, from a bool array or one of uint8, over 127 = hole; H,W or H,W,1.
+def feathered(mask: Mask, pixels: int) -> NDArray[np.float32]:
+    """Return float32 H,W: 1 in the hole, falling linearly to 0 at a distance of `pixels` + 1, in a straight line."""
+    weights: NDArray[np.float32] = np.clip(1 - _distance(mask, pixels + 1) / np.float32(pixels + 1), 0, 1)
+    return weights
+
+
+def _distance(mask: Mask, reach: int) -> NDArray[np.float32]:
+    """Return float32 H,W: the distance of every pixel to the hole where that is at most `reach`, else infinity."""
+    distance = np.full(mask.shape, np.inf, np.float32)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(rows):
+        from scipy.ndimage import distance_transform_edt
+
+        near = tuple(slice(max(found[0] - reach, 0), found[-1] + reach + 1) for found in (rows, columns))
+        distance[near] = distance_transform_edt(~mask[near])
+    return distance
+
+
+def mask_from_array(
+    array: NDArray[Any], threshold: int = THRESHOLD, invert: bool = False, values: tuple[int, ...] | None = None
+) -> Mask:
+    """Return bool H,W, True = hole, from a bool array or one of uint8, over `threshold` = hole; H,W or H,W,1.
 
     Raises ValueError for another shape or type, and for uint8 of 0 and 1, which would mean no hole at all.
     """
@@ -80,14 +152,18 @@ def mask_from_array(array: NDArray[Any]) -> Mask:
         array = array[..., 0]
     if array.ndim != 2 or array.dtype not in (np.bool_, np.uint8):
         raise ValueError(
-            f"expected a mask of shape H,W and uint8 (over {THRESHOLD} = hole) or bool, "
+            f"expected a mask of shape H,W and uint8 (over {threshold} = hole) or bool, "
             f"got shape {array.shape} and {array.dtype}"
         )
     if array.dtype == np.bool_:
-        return array
-    if array.size and array.max() == 1:
-        raise ValueError(f"the mask holds only 0 and 1, and over {THRESHOLD} is hole: pass bool, or 0 and 255")
-    return array > THRESHOLD
+        mask = array
+    elif values is not None:
+        mask = np.isin(array, values)
+    elif array.size and array.max() == 1 and threshold:
+        raise ValueError(f"the mask holds only 0 and 1, and over {threshold} is hole: pass bool, or 0 and 255")
+    else:
+        mask = array > threshold
+    return ~mask if invert else mask
 
 
 def resized_mask(mask: Mask, size: Size) -> Mask:
@@ -100,7 +176,7 @@ def check_mask(mask: Mask, size: Size) -> None:
     if mask.shape != size:
         raise ValueError(
             f"the mask is {mask.shape[1]}x{mask.shape[0]} and the picture {size[1]}x{size[0]} (width x height): "
-            "give a mask of the picture's size (misf-run resizes it with --resize-mask)"
+            "give a mask of the picture's size, or have it resized (--resize-mask; resize_mask=True in Python)"
         )
     share = np.count_nonzero(mask) / mask.size
     if share == 0:
@@ -118,6 +194,14 @@ def _is_partly_transparent(image: Image.Image) -> bool:
         return False
     least, most = image.convert("RGBA").getchannel("A").getextrema()
     return least != most
+
+
+def _labels(image: Image.Image) -> NDArray[Any]:
+    """Return the palette indices or grey values of a picture; ValueError for one in colour."""
+    if image.mode not in ("P", "L", "1", "LA", "PA") and not image.mode.startswith("I"):
+        raise ValueError(f"mask values need an indexed or grey mask, and this one is in colour ({image.mode})")
+    labels = np.asarray(image.getchannel(0) if image.mode in ("LA", "PA") else image)
+    return labels.astype(np.uint8) * 255 if image.mode == "1" else labels
 
 
 def _grey(image: Image.Image) -> Image.Image:

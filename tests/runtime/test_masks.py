@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from misf.plugins.shared.errors import MisfError
+from misf.runtime.pictures.masks import MaskSettings
 from misf.training.mask_drawing import BANDS, MaskFolder, RandomMasks, band_of, random_mask
 
 # The middle ones have no whole ring of pixels to grow or erode by: single pixels must make the area.
@@ -104,7 +105,7 @@ def half(tmp_path: Path) -> Path:
 
 def test_mask_files_threshold_and_inversion(half: Path) -> None:
     def columns(**settings: object) -> list[bool]:
-        mask = MaskFolder([half], **settings).read(0)  # type: ignore[arg-type]
+        mask = MaskFolder([half], MaskSettings(**settings)).read(0)  # type: ignore[arg-type]
         assert (mask == mask[:1]).all()
         return list(mask[0, ::2])
 
@@ -158,5 +159,5 @@ def test_bad_mask_files_are_errors_that_name_them(tmp_path: Path) -> None:
         MaskFolder([tmp_path / "broken.png"]).read(0)
     with pytest.raises(MisfError, match="no mask files"):
         MaskFolder([])
-    with pytest.raises(ValueError, match="threshold 255"):
-        MaskFolder([tmp_path / "broken.png"], threshold=255)
+    with pytest.raises(ValueError, match="threshold must be from 0 to 254, got 255"):
+        MaskSettings(255)

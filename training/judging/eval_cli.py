@@ -14,9 +14,11 @@ from ...plugins.shared.extras import need
 from ...plugins.shared.progress import progress
 from ...plugins.shared.shipped import ModelFile
 from ...runtime.backends.contract import BACKENDS, PRECISIONS
+from ...runtime.mask_options import READING, mask_options
 from ..model.options import official_option
 
 if TYPE_CHECKING:
+    from ...runtime.pictures.masks import MaskSettings
     from ..dataset import Pictures
     from ..mask_drawing import MaskFolder
     from .evaluate import Distance, Method
@@ -43,14 +45,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--data", required=True, type=click.Path(exists=True, path_type=Path), help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
-@click.option("--invert-mask", is_flag=True, help="Black marks the hole in mask files, instead of white.")
-@click.option(
-    "--mask-threshold",
-    type=click.IntRange(0, 254),
-    default=127,
-    show_default=True,
-    help="Mask values above this are holes.",
-)
+@mask_options(READING)
 @click.option("--size", type=click.IntRange(min=32), default=256, show_default=True, help="Side of the centre crop.")
 @click.option(
     "--resize",
@@ -90,6 +85,7 @@ def main(
     masks: str,
     invert_mask: bool,
     mask_threshold: int,
+    mask_values: tuple[int, ...] | None,
     size: int,
     resize: bool,
     seed: int,
@@ -111,10 +107,12 @@ def main(
     """
     if not (checkpoints or models or peers):
         raise click.UsageError("nothing to measure: give --checkpoint, --model or --peers")
-    if masks == "random" and invert_mask:
-        raise click.UsageError("--invert-mask is for mask files: give --masks FOLDER")
+    if masks == "random" and (invert_mask or mask_values):
+        raise click.UsageError("--invert-mask and --mask-value are for mask files: give --masks FOLDER")
     _check_installed()
-    pictures, mask_files = _data(data, masks, invert_mask, mask_threshold)
+    from ...runtime.pictures.masks import MaskSettings
+
+    pictures, mask_files = _data(data, masks, MaskSettings(mask_threshold, invert_mask, values=mask_values))
     distance = _distance(backbone) if backbone else None
     methods = _methods(checkpoints, models, peers, {"backend": backend, "device": device, "precision": precision})
 
@@ -146,14 +144,14 @@ def _check_installed() -> None:
     need("misf-eval", "train", "torch", "cv2", "skimage")
 
 
-def _data(data: Path, masks: str, invert: bool, threshold: int) -> tuple[Pictures, MaskFolder | None]:
+def _data(data: Path, masks: str, settings: MaskSettings) -> tuple[Pictures, MaskFolder | None]:
     from ..dataset import Pictures, picture_paths
     from ..mask_drawing import MaskFolder
 
     pictures = Pictures(picture_paths(data), cache_bytes=0)
     if masks == "random":
         return pictures, None
-    return pictures, MaskFolder(picture_paths(masks), invert=invert, threshold=threshold)
+    return pictures, MaskFolder(picture_paths(masks), settings)
 
 
 def _methods(
