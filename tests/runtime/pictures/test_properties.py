@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, note, reject, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from misf.runtime.fill_file import FileFiller, MaskSettings
+from misf.runtime.fill_file import FileFiller
 from misf.runtime.inpainter import Inpainter
 from misf.runtime.jobs import plan_jobs
 
@@ -394,7 +394,7 @@ def test_whatever_a_file_says_it_is_filled_and_two_readers_agree(
     logging.getLogger("misf").addHandler(handler)
     try:
         [job], _ = plan_jobs(path, mask, output)
-        FileFiller(inpainter, mask, MaskSettings(), False, False).run(job)
+        FileFiller(inpainter, mask, False, False).run(job)
     finally:
         logging.getLogger("misf").removeHandler(handler)
     data = output.read_bytes()
