@@ -113,7 +113,7 @@ def _put(site: Path, folder: Path) -> None:
 def _description(onnx_file: Path, site: Path, version: str) -> dict[str, Any]:
     """Return what the page needs to know of a network; ValueError for a file that is not one of ours."""
     from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
-    from ..runtime.inpainter import network_working_size
+    from ..runtime.pictures.settings import network_working_size
     from ..training.model.config import NetworkConfig
 
     backend = OnnxRuntimeBackend(onnx_file, device="cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..plugins.shared.command import one_line
-from ..plugins.shared.errors import MisfError
+from ..plugins.shared.errors import MisfError, OutOfMemory
 from .backends import open_backend
 from .backends.contract import Backend
 from .memory import available_bytes, least_bytes
@@ -25,7 +25,7 @@ from .pictures.geometry import Mask, Size
 from .pictures.image_io import as_stored, open_mask, open_picture, orientation_of, upright
 from .pictures.masks import THRESHOLD, MaskSettings, check_mask, feathered
 from .pictures.previews import info_without_previews
-from .pictures.settings import CropSettings
+from .pictures.settings import CropSettings, network_working_size
 
 log = logging.getLogger(__name__)
 
@@ -283,14 +283,14 @@ class Inpainter:
     def _check_memory(self, size: Size) -> None:
         needed, free = least_bytes(self.backend.config, self.backend.precision, size), available_bytes()
         if self.backend.device == "cpu" and free is not None and needed > free:
-            raise MisfError(
+            raise OutOfMemory(
                 f"{size[1]}x{size[0]} pixels at once need at least {needed / 1e9:.0f} GB of memory and "
                 f"{free / 1e9:.0f} GB are free: {SMALLER}"
             )
 
     def _failure(self, error: Exception, size: Size) -> MisfError:
         if is_out_of_memory(error):
-            return MisfError(f"out of memory at {size[1]}x{size[0]} pixels on {self.backend.device}: {SMALLER}")
+            return OutOfMemory(f"out of memory at {size[1]}x{size[0]} pixels on {self.backend.device}: {SMALLER}")
         return MisfError(f"{self.backend.name} failed at {size[1]}x{size[0]}: {one_line(error)}")
 
 
@@ -303,12 +303,6 @@ def _hole(mask: Any, masks: MaskSettings) -> Mask:
     if isinstance(mask, Image.Image):
         return masks.hole(upright(mask, "the mask"))
     return masks.hole(np.asarray(mask))
-
-
-def network_working_size(config: Mapping[str, Any]) -> int:
-    """Return the working size that a model file gives for its network; that of misf-small for files without one."""
-    size = config.get("working_size")
-    return size if isinstance(size, int) and size >= 64 else CropSettings.working_size
 
 
 def is_out_of_memory(error: BaseException) -> bool:
