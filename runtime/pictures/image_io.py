@@ -291,8 +291,8 @@ def _read(path: Path) -> bytes:
 def _opened(path: Path, data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels and refuses from 179; a large photograph is no bomb.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Of odd metadata, and from 89 megapixels; it refuses from 179, and a large photograph is no bomb.
+            warnings.simplefilter("ignore")
             shown = metadata.png_for_decoder(data) if data.startswith(png16.SIGNATURE) else data
             return Image.open(io.BytesIO(shown), formats=READABLE)
     except Image.DecompressionBombError as error:

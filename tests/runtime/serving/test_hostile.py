@@ -235,7 +235,8 @@ class Server:
                 self.count += 1
                 return
         head, _, body = answer.partition(b"\r\n\r\n")
-        self.check(int(head.split()[1]), body)
+        page = request.startswith(b"GET / ")  # an odd header is no reason to withhold the page
+        self.check(int(head.split()[1]), body, fine=(200,) if page else ())
 
 
 def _length(answer: bytes) -> int:
