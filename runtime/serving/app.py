@@ -36,6 +36,7 @@ from .observing import WORKERS_FOLDER, Metrics, Observed
 from .routes import plain_routes
 from .settings import ServerSettings
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -87,6 +88,8 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
     if (Path(settings.page) / "index.html").is_file():
         for suffix, kind in TYPES.items():
             mimetypes.add_type(kind, suffix)
+        if not (Path(settings.page) / "samples").is_dir():  # the installed page has none of its own
+            api.mount("/samples", StaticFiles(directory=SAMPLES))
         api.mount("/", StaticFiles(directory=settings.page, html=True))
     app: ASGIApp = Guard(api, settings.hosts, settings.token, settings.max_bytes, settings.timeout)
     if settings.cors:
