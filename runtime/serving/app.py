@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mimetypes
 import multiprocessing
 import multiprocessing.connection
@@ -11,6 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,7 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
     if (Path(settings.page) / "index.html").is_file():
         for suffix, kind in TYPES.items():
             mimetypes.add_type(kind, suffix)
+        api.get("/page.json", include_in_schema=False)(partial(_page_facts, Path(settings.page) / "page.json"))
         if not (Path(settings.page) / "samples").is_dir():  # the installed page has none of its own
             api.mount("/samples", StaticFiles(directory=SAMPLES))
         api.mount("/", StaticFiles(directory=settings.page, html=True))
@@ -101,6 +104,11 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
             expose_headers=READABLE_BY_SCRIPTS,
         )
     return Observed(app, metrics, "cross-origin" if settings.cors else "same-origin")
+
+
+def _page_facts(file: Path) -> dict[str, Any]:
+    """Return what the page asks about where it is: here it has a server, wherever its folder was made for."""
+    return {**json.loads(file.read_text(encoding="utf-8")), "server": True}
 
 
 def app_from_environment() -> ASGIApp:
