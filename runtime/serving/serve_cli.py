@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 LEAST_TOKEN = 16
 BACKLOG = 2048
 STARTING_SECONDS = 120
+UNREAD_SECONDS = 60
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # blocks from this size on go back to the system at once
 
 
@@ -184,6 +185,9 @@ def listening(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {_reason(error)}") from error
     # asyncio sets it only on sockets that were made with a protocol's number; without it an answer takes 40 ms more.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A client that does not read its answer would keep it in our memory without end.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     return listener
 
 

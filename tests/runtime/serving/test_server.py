@@ -449,6 +449,32 @@ def test_headers_that_do_not_come_are_given_up(model: Path, monkeypatch: pytest.
             assert kept.recv(4096) == b""
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux closes such connections")
+def test_an_answer_that_nobody_reads_is_given_up(
+    model: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from misf.runtime.serving import serve_cli
+
+    monkeypatch.setattr(serve_cli, "UNREAD_SECONDS", 1)
+    noise = rng.integers(0, 256, (2000, 2000, 3), np.uint8)
+    hole = np.zeros((2000, 2000), np.uint8)
+    hole[:8, :8] = 255
+    with serving(model) as client, socket.socket() as idle:
+        request = client.build_request(
+            "POST", "/inpaint", files={"image": png(noise, compress_level=0), "mask": png(hole)}
+        )
+        head = f"POST /inpaint HTTP/1.1\r\nHost: x\r\nContent-Type: {request.headers['content-type']}\r\n"
+        body = request.read()
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.settimeout(20)
+        idle.connect((client.base_url.host, client.base_url.port or 0))
+        idle.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert idle.recv(12) == b"HTTP/1.1 200"
+        time.sleep(5)
+        with pytest.raises(ConnectionError):
+            sum(map(len, iter(lambda: idle.recv(1 << 20), b"")))  # what the system had taken, and then no end of file
+
+
 def test_what_the_model_fails_with_stays_in_the_log(
     model: Path, picture: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
