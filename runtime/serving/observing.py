@@ -35,8 +35,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Of every answer. The two of cross-origin isolation give the page's WebAssembly its threads; with no-cache browsers keep
-the page's files and ask whether they are still the same."""
+"""Of every answer. The two of cross-origin isolation give the page's WebAssembly its threads; no-cache has browsers ask
+whether the files that they keep are still the same."""
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a time for each counter, which nobody reads
 
