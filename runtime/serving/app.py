@@ -37,6 +37,7 @@ from .observing import WORKERS_FOLDER, Metrics, Observed
 from .routes import plain_routes
 from .settings import ServerSettings
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -86,7 +87,7 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
     name = Path(settings.model).stem
     api.include_router(plain_routes(filler, name), dependencies=bearer)
     api.include_router(iopaint_routes(filler, name), dependencies=bearer)
-    mount_page(api, Path(settings.page))
+    _mount_page(api, Path(settings.page))
     app: ASGIApp = Guard(api, settings.hosts, settings.token, settings.max_bytes, settings.timeout)
     if settings.cors:
         app = CORSMiddleware(
@@ -99,7 +100,7 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
     return Observed(app, metrics, "cross-origin" if settings.cors else "same-origin")
 
 
-def mount_page(api: FastAPI, folder: Path) -> None:
+def _mount_page(api: FastAPI, folder: Path) -> None:
     """Serve a page at /, if there is one. A folder of misf-export --web learns that there is a server to fill too."""
     if not (folder / "index.html").is_file():
         return
@@ -112,6 +113,7 @@ def mount_page(api: FastAPI, folder: Path) -> None:
         def page_json() -> dict[str, Any]:
             return description
 
+    if not (folder / "samples").is_dir():  # the installed page has none of its own
         api.mount("/samples", StaticFiles(directory=SAMPLES))
     api.mount("/", StaticFiles(directory=folder, html=True))
 

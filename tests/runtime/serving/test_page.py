@@ -660,3 +660,25 @@ def test_pictures_of_the_page_for_the_documents(site: Site, opened: Open, tmp_pa
         path = folder / f"page-{scheme}.jpg"
         page.screenshot(path=path, type="jpeg", quality=82)
         assert path.stat().st_size < 150_000
+
+
+def test_a_sample_is_filled_on_misf_serve(opened: Open) -> None:
+    """The real server, with its headers, its content security policy and its limits."""
+    with serving(Path("misf-small")) as client:
+        page = opened(str(client.base_url))
+        assert page.evaluate("crossOriginIsolated")
+        with Image.open(SAMPLES / "chelsea.jpg") as sample:
+            size, before = (sample.height, sample.width), np.asarray(sample.convert("RGB"))
+        page.click("#samples button:has(img[src*='chelsea'])")
+        page.wait_for_selector("#about:has-text('chelsea')")
+        stroke(page, size, (0.4, 0.4), (0.55, 0.45))
+        filled(page)
+        name, data = downloaded(page)
+        after = pixels(data)
+    assert Path(name).suffix == ".jpg"
+    assert after.shape == before.shape
+    changed = np.abs(after.astype(int) - before).max(axis=2) > 40
+    assert changed.any()
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), columns.min()) > (size[0] * 0.2, size[1] * 0.2)
+    assert (rows.max(), columns.max()) < (size[0] * 0.7, size[1] * 0.8)
