@@ -21,7 +21,7 @@ from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
 from .pictures.crops import plan_crops
 from .pictures.geometry import Box, Mask, Size
-from .pictures.image_io import open_mask, open_picture, output_format
+from .pictures.image_io import open_mask, open_picture, written_format
 from .pictures.masks import feathered, resized_mask
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class FileFiller:
         started = time.perf_counter()
         mask_path = None if self._mask is None else find_mask(job, self._mask)
         check_output(job, mask_path, self._concat, self._force)
-        target = output_format(job.output)
+        target = written_format(job.output, job.image)
         picture = open_picture(job.image, target)
         height, width = picture.canvas.size
         masks = self._inpainter.masks
@@ -62,7 +62,7 @@ class FileFiller:
         if mask_path is None:
             picture.make_opaque(hole)
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(job.output, changed=report.hole_pixels > 0)
+        picture.save(job.output, report.hole_pixels > 0, target or picture.format)
         record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
         if before is not None:
             _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
@@ -85,7 +85,7 @@ class FileFiller:
     def rehearse(self, job: Job) -> tuple[float, int]:
         """Fill a picture and encode it, without writing it; return the model's seconds and the number of crops."""
         mask_path = None if self._mask is None else find_mask(job, self._mask)
-        picture = open_picture(job.image, output_format(job.output))
+        picture = open_picture(job.image, written_format(job.output, job.image))
         masks = self._inpainter.masks
         hole = masks.fitted(self._read_mask(mask_path or job.image), picture.canvas.size)
         report = self._inpainter.fill(picture.canvas, hole, feather=masks.feather)

@@ -455,6 +455,34 @@ def test_a_static_folder_fills_in_the_browser(web_folders: dict[str, Path], open
     assert not changed[~near].any()
 
 
+def test_misf_serve_fills_there_or_here(web_folders: dict[str, Path], opened: Open) -> None:
+    """The real server, with the page that comes with misf and with a folder of misf-export --web."""
+    data = photograph((300, 420))
+    with serving(shipped_model("misf-small")) as client:
+        page = opened(str(client.base_url))
+        page.locator("#samples button").first.click()
+        page.wait_for_selector("#about:has-text('astronaut')")
+        assert not page.locator("#where").is_visible()
+    with serving(shipped_model("misf-small"), page=str(web_folders["fp16"])) as client:
+        page = opened(str(client.base_url))
+        assert page.evaluate("crossOriginIsolated")
+        give(page, "cup.png", data)
+        page.fill("#feather", "6")
+        stroke(page, (300, 420), (0.3, 0.3), (0.5, 0.35))
+        filled(page)
+        _, there = downloaded(page)
+        page.keyboard.press("Control+z")
+        page.wait_for_selector("#fill:enabled")
+        page.check("[name=where][value=browser]")
+        filled(page)
+        _, here = downloaded(page)
+    changed = (pixels(there) != pixels(data)).any(axis=-1)
+    assert 0.02 < changed.mean() < 0.2
+    difference = pixels(here).astype(int) - pixels(there)
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.01
+
+
 def test_the_page_works_again_without_a_network(web_folders: dict[str, Path], opened: Open) -> None:
     with served(web_folders["fp16"]) as site:
         page = opened(site.url, expected="ERR_CONNECTION_REFUSED")
