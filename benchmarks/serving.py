@@ -217,7 +217,7 @@ def main() -> int:
     loads: list[Load] = []
     with tempfile.TemporaryDirectory() as folder:
         works = make_work(Path(folder), args.size, args.pictures, args.model, args.option)
-        kinds = {"batches of up to 8": [], "one crop at a time": ["--max-batch=1"]}
+        kinds = {"batches of up to 8": ["--max-batch=8"], "one crop at a time": ["--max-batch=1"]}
         if args.url:
             loads.append(run(args.url, args.url, None, works, args.clients, args.seconds))
         elif args.soak:

@@ -65,7 +65,9 @@ M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # blocks from this size on go back 
     help="Seconds a request may take; also how long a stopping server finishes what it has taken.",
 )
 @click.option(
-    "--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Crops of equal size run together."
+    "--max-batch",
+    type=click.IntRange(min=1),
+    help="Crops of equal size run together.  [default: 8 on a GPU, 1 on a CPU]",
 )
 @click.option(
     "--batch-delay",
