@@ -38,6 +38,9 @@ LARGEST_ORIGINAL = 2048 * 2048
 """Most pixels that the network is given at a time, when a client wants the strategy original."""
 
 
+MAX_BATCH = 8
+
+
 @dataclass(frozen=True)
 class Filled:
     """A finished picture file and how it came to be."""
