@@ -88,9 +88,9 @@ def test_sigterm_under_load_answers_what_was_taken(model: Path, files: dict[str,
 
 
 def test_sigterm_answers_a_request_that_is_in_the_model(model: Path) -> None:
-    hole = np.full((3000, 3000), 255, np.uint8)
+    hole = np.full((1500, 1500), 255, np.uint8)
     hole[:8] = 0
-    large = {"image": png(np.zeros((3000, 3000, 3), np.uint8)), "mask": png(hole)}
+    large = {"image": png(np.zeros((1500, 1500, 3), np.uint8)), "mask": png(hole)}
     with spawned(model) as (process, address):
         answers: list[int] = []
         thread = threading.Thread(

@@ -470,7 +470,7 @@ def test_an_answer_that_nobody_reads_is_given_up(
         idle.connect((client.base_url.host, client.base_url.port or 0))
         idle.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert idle.recv(12) == b"HTTP/1.1 200"
-        time.sleep(5)
+        time.sleep(3)
         with pytest.raises(ConnectionError):
             sum(map(len, iter(lambda: idle.recv(1 << 20), b"")))  # what the system had taken, and then no end of file
 
