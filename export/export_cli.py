@@ -146,6 +146,8 @@ def main(
         if onnx and (fp16 or precision or config):
             raise click.UsageError("--onnx is a file as it is: --precision, --fp16 and --config are for --checkpoint")
         chosen = "fp16" if fp16 else precision or "fp16"
+        if onnx is None:
+            _need_export()  # before anything is fetched
         _web(
             web,
             force,
@@ -228,8 +230,7 @@ def _export(
     inline: bool = False,
 ) -> ExportReport:
     assert checkpoint is not None
-    need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
-    need_onnx_runtime("misf-export")
+    _need_export()
     from ..runtime.checks.accuracy import load_photographs
     from ..training.model.checkpoint import load_checkpoint
     from .exporter import export_onnx
@@ -237,6 +238,11 @@ def _export(
     photographs = load_photographs(calibration) if calibration else None
     loaded = load_checkpoint(checkpoint, config=config)
     return export_onnx(loaded, output, precision, photographs, range_limit, inline)
+
+
+def _need_export() -> None:
+    need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
+    need_onnx_runtime("misf-export")
 
 
 def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network: Callable[[Path], Path]) -> None:

@@ -62,7 +62,7 @@ def main(
 ) -> int:
     """Fill the pictures of IMAGE on a Ray cluster, and print the path of each result.
 
-    The arguments and options are those of misf-run. IMAGE and MASK are folders or files, paths or URLs (s3://, gs://,
+    The arguments, and the options about model, crops and masks, are those of misf-run. IMAGE and MASK are folders or files, paths or URLs (s3://, gs://,
     az://); or IMAGE is a list (.jsonl), an object a line with image and perhaps mask and output. Pictures whose output
     exists are left alone, unless --force: the same command continues a run that ended for whatever reason.
 
