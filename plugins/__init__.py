@@ -1,1 +1,1 @@
-"""What all parts of misf share: the dynamic filter and the error classes."""
+"""Code that all parts of misf share: the dynamic filter, and shared/ with errors, files and commands."""

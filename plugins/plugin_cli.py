@@ -1,4 +1,4 @@
-"""misf-plugin: build the TensorRT plugin library, say where it is and what it was built for."""
+"""misf-plugin: builds the TensorRT plugin library, and prints where it is and what it was built for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Group(Command, click.Group):
 @click.group("misf-plugin", cls=_Group, invoke_without_command=True)
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Build the TensorRT plugin library, and find the one installed.
+    """Build the TensorRT plugin library, or find the installed one.
 
     \b
     Example: misf-plugin build --tensorrt-root /opt/TensorRT-10.13.3
@@ -41,7 +41,7 @@ def _version(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
 @click.option(
     "--tensorrt-root",
     type=click.Path(exists=True, file_okay=False),
-    help="An unpacked TensorRT, or a folder with its headers. Default: what the system has.",
+    help="An unpacked TensorRT, or a folder with its headers. Default: the system's.",
 )
 @click.option(
     "--fetch-headers",
@@ -57,8 +57,9 @@ def build_command(
 ) -> None:
     """Build the library with CMake and nvcc, and install it for misf.
 
-    Makes two files for the TensorRT major of the headers: libmisf_trt10.so, which misf and trtexec --dynamicPlugins
-    load, and libmisf_trt10_selfregister.so for Triton, ONNX Runtime and trtexec --staticPlugins. Prints their paths.
+    Builds two files for the major version of the TensorRT headers: libmisf_trt10.so, which misf and trtexec
+    --dynamicPlugins load, and libmisf_trt10_selfregister.so for Triton, ONNX Runtime and trtexec --staticPlugins.
+    Prints their paths.
 
     \b
     Example: misf-plugin build --fetch-headers 10.13
@@ -78,8 +79,10 @@ def build_command(
 
 
 @command("path")
-@click.option("--tensorrt", "major", type=click.IntRange(10, 11), help="TensorRT major. Default: the installed one.")
-@click.option("--self-registering", is_flag=True, help="The one for Triton, ONNX Runtime and --staticPlugins.")
+@click.option(
+    "--tensorrt", "major", type=click.IntRange(10, 11), help="TensorRT major version. Default: the installed one."
+)
+@click.option("--self-registering", is_flag=True, help="The library for Triton, ONNX Runtime and --staticPlugins.")
 def path_command(major: int | None, self_registering: bool) -> None:
     """Print the library's path, for trtexec and Triton.
 
@@ -95,7 +98,7 @@ def path_command(major: int | None, self_registering: bool) -> None:
 @click.argument("libraries", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def info_command(libraries: tuple[str, ...], as_json: bool) -> None:
-    """Print what LIBRARIES, by default the installed ones, were built for; nothing is loaded.
+    """Print what LIBRARIES, by default the installed ones, were built for, without loading them.
 
     \b
     Example: misf-plugin info --json
@@ -116,7 +119,7 @@ def info_command(libraries: tuple[str, ...], as_json: bool) -> None:
 
 
 def _installed_major() -> int:
-    """Return the major of the TensorRT in this Python, without importing it."""
+    """Return the major version of the installed TensorRT, without importing it."""
     from importlib.metadata import PackageNotFoundError, version
 
     for package in ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"):
@@ -124,7 +127,7 @@ def _installed_major() -> int:
             return int(version(package).split(".")[0])
         except PackageNotFoundError:
             continue
-    raise EnvironmentMismatch("TensorRT is not installed in this Python: say which one is meant, as in --tensorrt 10")
+    raise EnvironmentMismatch("TensorRT is not installed in this Python: give its major version, as in --tensorrt 10")
 
 
 def _document(info: object) -> dict[str, object]:

@@ -14,7 +14,7 @@ __all__ = ["PRESETS", "NetworkConfig", "composite", "load_model"]
 
 
 def __getattr__(name: str) -> object:
-    if name == "load_model":  # torch only when it is needed: --help does not
+    if name == "load_model":  # imported lazily: --help needs no PyTorch
         from .model.checkpoint import load_model
 
         return load_model

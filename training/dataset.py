@@ -1,4 +1,4 @@
-"""Pictures and masks to train with: a pure function of (seed, sample index), so that resuming is exact."""
+"""Training pictures and masks, a pure function of (seed, sample index), so that runs resume exactly."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ Picture = NDArray[np.uint8]
 
 
 def picture_paths(source: str | os.PathLike[str]) -> list[Path]:
-    """Return the picture files of `source`, in a fixed order; whether they can be decoded shows later.
+    """Return the picture files of `source` in a fixed order, without decoding them.
 
     Args:
-        source: a folder, searched with its subfolders (links followed, hidden files left out) and sorted; or a list
-            file (.txt, .json, .flist): a JSON array of paths, as the official MISF lists are, or one path per line.
-            Paths in a list are relative to the list's folder.
+        source: a folder, whose subfolders are searched too (links are followed, hidden files are skipped, the result
+            is sorted); or a list file (.txt, .json, .flist) with one path per line or, as in the official MISF lists, a
+            JSON array of paths. Relative paths in a list start from the list's folder.
 
-    Raises MisfError when there is nothing there, a list is not one, or none of its first 100 files exists.
+    Raises:
+        MisfError: there are no pictures, the list file is malformed, or none of its first 100 files exists.
+
     """
     path = Path(source)
     if path.is_dir():
@@ -85,7 +87,9 @@ def _listed(path: Path) -> list[str]:
         try:
             entries = json.loads(text)
         except json.JSONDecodeError as error:
-            raise MisfError(f"{path}: starts like JSON, but is broken at line {error.lineno}") from error
+            raise MisfError(
+                f"{path}: expected a JSON array of paths, found a syntax error in line {error.lineno}"
+            ) from error
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise MisfError(f"{path}: expected a JSON array of paths")
     else:
@@ -97,9 +101,11 @@ def _listed(path: Path) -> list[str]:
 
 
 def read_picture(path: str | os.PathLike[str], short_side: int | None = None) -> Picture:
-    """Return a picture as uint8 H,W,3 RGB, turned upright; larger ones shrunk to `short_side`: `read_rgb`'s.
+    """Return a picture as uint8 H,W,3 RGB, turned upright, and shrunk to `short_side` if it is larger (`read_rgb`).
 
-    Raises MisfError, one line naming the file, when it cannot be decoded completely.
+    Raises:
+        MisfError: the file cannot be decoded completely; the message is one line that names it.
+
     """
     try:
         return read_rgb(path, short_side)
@@ -108,14 +114,15 @@ def read_picture(path: str | os.PathLike[str], short_side: int | None = None) ->
 
 
 class Pictures:
-    """Pictures by index, kept in memory as uint8 H,W,3 after the first decoding; None for one that cannot be decoded.
+    """Pictures by index, cached in memory as uint8 H,W,3 RGB.
 
-    Each file that cannot be decoded is reported once, in one line of the log, and its path is in `bad`.
+    A file that cannot be decoded is logged once, in one line, and added to `bad` with the reason.
 
     Args:
         paths: the files.
-        short_side: larger pictures are shrunk to this when they are read; None keeps their size.
-        cache_bytes: what does not fit any more is decoded again each time.
+        short_side: larger pictures are shrunk to this size when they are read; None keeps their size.
+        cache_bytes: size of the cache; pictures that do not fit are decoded on every access.
+
     """
 
     def __init__(self, paths: Sequence[Path], *, short_side: int | None = None, cache_bytes: int = 4 << 30) -> None:
@@ -147,7 +154,7 @@ class Pictures:
         return picture
 
     def preload(self, threads: int | None = None) -> int:
-        """Decode pictures in several threads until the cache is full; return how many are not known to be bad."""
+        """Decode pictures in parallel until the cache is full; return the number of pictures not known to be bad."""
 
         def load(index: int) -> bool:
             return self._space <= 0 or self.get(index) is not None
@@ -165,23 +172,28 @@ class MaskSource(Protocol):
 
 
 class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Random crops with masks. `sample(index)` depends on the seed and the index alone, for any index from 0 up.
+    """Random crops with masks. `sample(index)` depends only on the seed and the index, which may be any from 0 up.
 
-    Every run of len(self) indices shows each picture once, in an order of its own. A picture that cannot be decoded
-    gives its place to another one, drawn by the same (seed, index), and has been reported by `Pictures`.
+    Every len(self) consecutive indices are an epoch, which shows each picture once in a new order. A picture that
+    cannot be decoded is replaced by another, drawn from the same (seed, index); `Pictures` logs it.
 
-    To go on at a position, give a DataLoader `sampler=range(position, end)`: no state is needed.
+    To resume at a position, give the DataLoader `sampler=range(position, end)`; no state is needed.
 
     Args:
         pictures: the pictures.
         masks: RandomMasks() or a MaskFolder.
         crop: side of the square crops in pixels.
-        seed: with the index, all the randomness there is.
-        zoom_out: a crop is taken from a square of up to this many times its side, and shrunk. 1 keeps native pixels.
+        seed: together with the index, the only source of randomness.
+        zoom_out: a crop is cut from a square of up to this many times its side, and shrunk. 1 keeps native pixels.
             Pictures smaller than the crop are enlarged to fit.
-        flip: mirror every other crop left to right.
-        whole: no random crops: the middle square of each picture, resized, as the official recipe trains.
+        flip: mirror crops left to right with probability 1/2.
+        whole: use the middle square of each picture, resized, instead of random crops, as the official code does.
         shuffle_colors: put the three colour channels in a random order.
+
+    Raises:
+        MisfError: there are no pictures; later, from `sample`, if no picture can be decoded.
+        ValueError: `crop` is below 8 or `zoom_out` below 1.
+
     """
 
     def __init__(
@@ -219,13 +231,13 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         return self.sample(index)
 
     def sample(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return (image, mask) number `index`: float32 3,H,W RGB in [0,1] and float32 1,H,W, 1 = hole."""
+        """Return sample `index`, (image, mask): float32 3,crop,crop RGB in [0,1] and float32 1,crop,crop, 1 = hole."""
         picture, hole = self.sample_bytes(index)
         image = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32) / np.float32(255)
         return torch.from_numpy(image), torch.from_numpy(hole[None].astype(np.float32))
 
     def sample_bytes(self, index: int) -> tuple[Picture, Mask]:
-        """Return (picture, hole) number `index`: uint8 H,W,3 RGB and bool H,W, True = hole."""
+        """Return sample `index`, (picture, hole): uint8 crop,crop,3 RGB and bool crop,crop, True = hole."""
         if index < 0:
             raise IndexError(f"sample {index}: expected 0 or more")
         rng = np.random.default_rng([self.seed, 1, index])
@@ -243,7 +255,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
             attempts += 1
             if attempts > 1000:
                 bad = self.pictures.bad
-                raise MisfError(f"none of {len(bad)} pictures can be decoded, one of them being {list(bad)[-1]}")
+                raise MisfError(f"none of {len(bad)} pictures can be decoded, {list(bad)[-1]} for example")
             picture = self.pictures.get(int(rng.integers(len(self.pictures))))
         return picture
 

@@ -1,4 +1,4 @@
-"""The 70x70 patch discriminator (Isola et al., CVPR 2017) with spectral norm, as MISF trains against."""
+"""The 70x70 patch discriminator (Isola et al., CVPR 2017) with spectral norm, as in MISF."""
 
 from __future__ import annotations
 

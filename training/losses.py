@@ -1,7 +1,7 @@
 """Training losses: reconstruction, adversarial, perceptual and style.
 
-Pictures are float N,3,H,W RGB in [0,1], masks N,1,H,W with 1 = hole. The recipe is MISF's (arXiv 2203.06304, section
-4.1, which takes it from EdgeConnect, arXiv 1901.00212): L1, adversarial, VGG-19 perceptual and style.
+Pictures are float N,3,H,W RGB in [0,1], masks float N,1,H,W with 1 = hole; every loss is a scalar. MISF trains with L1,
+adversarial, VGG-19 perceptual and style losses (arXiv 2203.06304, section 4.1, after EdgeConnect, arXiv 1901.00212).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .vgg19 import PERCEPTUAL_LAYERS, STYLE_LAYERS
 
 
 def l1_over_mask(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Return L1 over all pixels divided by the mask's mean, so that small holes count too; the mean over samples.
+    """Return the L1 over all pixels divided by the mask's mean, so that small holes count too, averaged over samples.
 
-    Sample by sample, so that a batch has the same loss in one piece as spread over processes.
+    The division is per sample, so that the loss is the same when a batch is split over processes.
     """
     l1 = (prediction - image).abs().mean(dim=(1, 2, 3))
     return (l1 / mask.mean(dim=(1, 2, 3)).clamp(min=1e-3)).mean()
 
 
 def hole_loss(prediction: Tensor, image: Tensor, mask: Tensor, *, squared: float = 4.0, coarse: float = 0.5) -> Tensor:
-    """Return L1 in the hole, plus `squared` x its mean square, plus `coarse` x L1 of its 4x4 means.
+    """Return the L1 in the hole, plus `squared` x the mean squared error, plus `coarse` x the L1 of 4x4 means.
 
-    The means reward the right colour of a region before its detail. H and W must be multiples of 4.
+    The 4x4 means reward the right colour of a region before its detail. H and W must be multiples of 4.
 
     Args:
         prediction, image: N,3,H,W.
@@ -48,21 +48,21 @@ def hole_loss(prediction: Tensor, image: Tensor, mask: Tensor, *, squared: float
 
 
 def psnr_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Return log(mean square in the hole + 2e-4), the mean over samples: -PSNR times ln(10)/10, but for the 2e-4.
+    """Return log(mean squared error in the hole + 2e-4), averaged over samples: -PSNR x ln(10)/10, but for the 2e-4.
 
-    Noisy pictures do not dominate calm ones, as they do in the mean square; improvements above 37 dB count less and
-    less. Arguments as in `hole_loss`.
+    Unlike in the mean squared error, noisy pictures do not dominate smooth ones. Improvements above 37 dB count less
+    and less. Arguments as in `hole_loss`.
     """
     square = ((prediction - image) * mask).square().sum(dim=(1, 2, 3)) / (3 * mask.sum(dim=(1, 2, 3))).clamp(min=1)
     return torch.log(square + 2e-4).mean()
 
 
 def ssim_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Return log(1 - SSIM + 1e-3) of the composite, the mean over samples.
+    """Return log(1 - SSIM + 1e-3) of the composite, averaged over samples.
 
-    SSIM as Wang et al. (2004) define it (11x11 Gaussian window of sigma 1.5, K 0.01 and 0.03), the mean over RGB and
-    over every other window both ways: less work for nearly the same mean. As in `psnr_loss`, the logarithm makes small
-    and large holes count alike. H and W at least 11. Arguments as in `hole_loss`.
+    SSIM is defined as in Wang et al. (2004; 11x11 Gaussian window of sigma 1.5, K 0.01 and 0.03) and averaged over RGB
+    and over every other window in both directions, which is less work for nearly the same mean. As in `psnr_loss`, the
+    logarithm makes small and large holes count equally. H and W at least 11. Arguments as in `hole_loss`.
     """
     place = torch.arange(11, device=image.device, dtype=image.dtype) - 5
     window = torch.exp(-0.5 * (place / 1.5) ** 2)
@@ -85,7 +85,10 @@ def ssim_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 
 def known_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Return L1 outside the hole. The composite never shows these pixels, but the loss stabilises the shared layers."""
+    """Return the L1 outside the hole, averaged over samples.
+
+    Composites never show these pixels, but the loss stabilises the shared layers.
+    """
     known = 1 - mask
     error = ((prediction - image).abs() * known).sum(dim=(1, 2, 3))
     return (error / (3 * known.sum(dim=(1, 2, 3))).clamp(min=1)).mean()
@@ -98,10 +101,13 @@ def adversarial_loss(
 
     Args:
         scores: any shape.
-        real: what the pictures are (discriminator's loss), or what they should pass for (generator's loss: True).
-        kind: nsgan (logistic, not saturating), lsgan (squares to 1 and 0), hinge.
-        for_generator: only used by hinge, whose generator loss has no hinge.
-        where: 1 for the scores that count, else 0; all, unless given.
+        real: the target: whether the pictures are real (discriminator) or should pass for real (generator).
+        kind: nsgan (non-saturating logistic), lsgan (least squares to 1 and 0) or hinge.
+        for_generator: only matters for hinge, whose generator loss is linear.
+        where: 1 for the scores that count, else 0, broadcastable to `scores`; by default all count.
+
+    Raises:
+        ValueError: an unknown `kind`.
 
     """
     scores = scores.float()
@@ -120,15 +126,15 @@ def adversarial_loss(
 
 
 def touched_patches(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return N,1,h,w: 1 where a discriminator's score of `size` (h, w) is for a patch near the hole, else 0.
+    """Return float N,1,h,w: 1 for the discriminator's scores (h, w = `size`) whose patch is near the hole, else 0.
 
-    A patch counts if the hole comes within 8 pixels of its centre; it sees 70x70 pixels.
+    A 70x70 patch is near the hole if a hole pixel is within 8 pixels of its centre.
     """
     return F.adaptive_max_pool2d(F.max_pool2d(mask, 17, stride=1, padding=8), size)
 
 
 def feature_distance_loss(distance: Tensor) -> Tensor:
-    """Return log(distance + 0.02), the mean over samples N: as in `psnr_loss`, small and large holes count alike."""
+    """Return log(distance + 0.02) of distances N, averaged: as in `psnr_loss`, small and large holes count equally."""
     return torch.log(distance + 0.02).mean()
 
 

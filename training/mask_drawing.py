@@ -1,6 +1,6 @@
-"""Masks to train and to measure with: free-form ones from a random generator, or those of a folder.
+"""Masks for training and evaluation: random free-form ones, or those of a folder.
 
-A mask is a bool array H,W here, True = hole.
+A mask is a bool array H,W, True = hole.
 """
 
 from __future__ import annotations
@@ -23,32 +23,34 @@ log = logging.getLogger(__name__)
 
 Band = tuple[float, float]
 
-#: The paper's three mask bands: the hole's share of the picture, from and to (arXiv 2203.06304, section 4.1).
+#: The paper's three mask bands: minimum and maximum fraction of the picture that is hole (arXiv 2203.06304, 4.1).
 BANDS: tuple[Band, ...] = ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6))
 
-SMALLEST_SHARE = 0.01  # holes of the first band start here: smaller ones teach and measure little
+SMALLEST_SHARE = 0.01  # lower end of the first band: smaller holes teach and measure little
 
 
 def band_name(band: Band) -> str:
-    """Return a band as people write it: '20-40%'."""
+    """Return a band as text, such as '20-40%'."""
     return f"{round(100 * band[0])}-{round(100 * band[1])}%"
 
 
 def band_of(mask: Mask) -> Band | None:
-    """Return the band of BANDS that the hole's share falls in (on a limit, the lower); None for none or no hole."""
+    """Return the band that a mask falls into (at a limit, the lower one); None without a hole or above all bands."""
     share = float(mask.mean())
     return next((band for band in BANDS if 0 < share <= band[1]), None)
 
 
 def random_mask(rng: np.random.Generator, height: int, width: int, band: Band | None = None) -> Mask:
-    """Return a free-form mask bool H,W, True = hole: strokes, boxes, ellipses, blobs, mixtures, some cut by the border.
+    """Return a random mask bool H,W, True = hole: strokes, boxes, ellipses, blobs or a mixture of them.
 
     Args:
-        rng: the only source of randomness: the same generator state gives the same mask.
+        rng: the only source of randomness; the same generator state gives the same mask.
         height, width: at least 1 each.
-        band: the hole's share of the picture, from and to, always met; without one, one of BANDS is drawn.
+        band: minimum and maximum fraction of the picture that is hole, always met; by default one of BANDS at random.
 
-    Raises ValueError for a band that no whole number of pixels falls in.
+    Raises:
+        ValueError: no whole number of pixels lies within the band.
+
     """
     low, high = BANDS[int(rng.integers(len(BANDS)))] if band is None else band
     area = height * width
@@ -61,7 +63,7 @@ def random_mask(rng: np.random.Generator, height: int, width: int, band: Band | 
     canvas = np.zeros((height, width), np.uint8)
     count = 0
     for _ in range(40):
-        # The last shape is as large as what is missing, so that most masks need no trimming.
+        # Half of the shapes have all of the missing area, so that most masks need no trimming.
         missing = target - count
         draw(rng, canvas, missing if rng.random() < 0.5 else missing * rng.uniform(0.2, 1.0))
         count = int(np.count_nonzero(canvas))
@@ -73,12 +75,12 @@ def random_mask(rng: np.random.Generator, height: int, width: int, band: Band | 
 
 
 def _resized(canvas: NDArray[np.uint8], target: int, fewest: int, most: int) -> Mask:
-    """Return the drawing grown or eroded evenly to `target` pixels; whole rings of pixels where the limits allow."""
+    """Return the drawing dilated or eroded evenly to `target` pixels, by whole level sets where the limits allow."""
     import cv2
 
     if not canvas.any():
         canvas[canvas.shape[0] // 2, canvas.shape[1] // 2] = 1
-    # Distance below 0 inside the drawing, above 0 outside: the level sets are the grown and eroded masks.
+    # A signed distance, negative inside the drawing: its level sets are the dilated and eroded masks.
     distance = cv2.distanceTransform(1 - canvas, cv2.DIST_L2, 5) - cv2.distanceTransform(canvas, cv2.DIST_L2, 5)
     order = np.argsort(distance, axis=None, kind="stable")
     level = distance.flat[order[target - 1]]
@@ -99,12 +101,12 @@ def _fixed(points: NDArray[np.float64]) -> NDArray[np.int32]:
 
 
 def _place(rng: np.random.Generator, canvas: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return a centre (x, y), anywhere in the picture."""
+    """Return a random point (x, y) of the picture."""
     return rng.random(2) * (canvas.shape[1], canvas.shape[0])
 
 
 def _outline(rng: np.random.Generator, canvas: NDArray[np.uint8], unit: NDArray[np.float64], area: float) -> None:
-    """Fill a closed curve (points x, y around 0, of area near 1), scaled, stretched, turned and moved."""
+    """Fill a closed curve (points x, y around 0, of area near 1), randomly scaled, stretched, rotated and moved."""
     import cv2
 
     stretch = math.exp(rng.uniform(-0.7, 0.7))
@@ -123,7 +125,7 @@ def _ellipse(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -
 
 
 def _blob(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
-    """Fill an outline like an object's: a circle whose radius a few low harmonics disturb."""
+    """Fill an outline like that of an object: a circle whose radius is perturbed by a few low harmonics."""
     waves = np.arange(2, 8)
     heights = rng.normal(size=6) * 0.5 / waves
     phases = rng.uniform(0, 2 * math.pi, 6)
@@ -140,7 +142,7 @@ def _box(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> No
 
 
 def _stroke(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -> None:
-    """Draw a brush stroke: a walk that turns smoothly or sharply, of constant width."""
+    """Draw a brush stroke of constant width along a random walk that turns smoothly or sharply."""
     import cv2
 
     side = min(canvas.shape)
@@ -161,12 +163,12 @@ def _mixture(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) -
     _SHAPES[int(rng.integers(len(_SHAPES)))](rng, canvas, area * rng.uniform(0.2, 0.7))
 
 
-# Strokes are what users paint and what the published masks hold most of, so they come twice.
+# Strokes are listed twice: users paint strokes, and most of the published masks are strokes.
 _MAKERS: tuple[Maker, ...] = (_stroke, _stroke, _box, _ellipse, _blob, _mixture, _mixture)
 
 
 class RandomMasks:
-    """Random masks for training: `mask(rng, height, width)`, every band equally often."""
+    """Random masks for training: `mask(rng, height, width)` draws each band equally often."""
 
     def __init__(self, bands: Sequence[Band] = BANDS) -> None:
         self.bands = tuple(bands)
@@ -177,13 +179,14 @@ class RandomMasks:
 
 
 class MaskFolder:
-    """Masks from files, whatever their mode and size: `mask(rng, height, width)` for training, `read` for measuring.
+    """Masks from files of any mode and size: `mask(rng, height, width)` for training, `read` for evaluation.
 
     Args:
-        paths: the mask files. One that cannot be read or marks no hole is reported once and left out by `mask`, its
-            path is in `bad`; for `read`, one that cannot be read is an error that names it.
+        paths: the mask files. `mask` logs a file that cannot be read or marks no hole once, adds it to `bad` and skips
+            it; `read` raises an error that names it if it cannot be read.
         settings: how the files are read; resize, grow and feather are not used.
-        cache_bytes: decoded masks are kept, a bit a pixel, up to this size.
+        cache_bytes: size of the cache of decoded masks, which take one bit per pixel.
+
     """
 
     def __init__(
@@ -201,7 +204,7 @@ class MaskFolder:
         return len(self.paths)
 
     def read(self, index: int, height: int | None = None, width: int | None = None) -> Mask:
-        """Return mask `index` as bool H,W, True = hole; resized (nearest pixel) where a size is given."""
+        """Return mask `index` as bool H,W, True = hole, resized (nearest pixel) if a size is given."""
         mask = self._decoded(index)
         if height is None or width is None or mask.shape == (height, width):
             return mask
@@ -210,7 +213,11 @@ class MaskFolder:
     def mask(self, rng: np.random.Generator, height: int, width: int) -> Mask:
         """Return one of the masks, bool H,W, True = hole, resized, and mirrored at random in both directions.
 
-        Raises MisfError when none can be used; which one a seed draws does not depend on what was drawn before.
+        The result depends only on the state of `rng`, not on earlier calls.
+
+        Raises:
+            MisfError: none of the masks is usable.
+
         """
         for _ in range(1000):
             mask = self._usable(int(rng.integers(len(self.paths))), height, width)
@@ -218,8 +225,8 @@ class MaskFolder:
                 flips = rng.random(2) < 0.5
                 return mask[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
         raise MisfError(
-            f"none of {len(self.bad)} masks can be used, for one {next(iter(self.bad.values()))}; "
-            "--invert-mask and --mask-threshold say what is a hole"
+            f"none of {len(self.bad)} masks is usable: {next(iter(self.bad.values()))}, for example; "
+            "--invert-mask and --mask-threshold change what counts as a hole"
         )
 
     def _usable(self, index: int, height: int, width: int) -> Mask | None:
@@ -228,7 +235,7 @@ class MaskFolder:
             return None
         try:
             mask = self.read(index, height, width)
-            if mask.any() or self.read(index).any():  # resizing may lose a thin hole: that is not the file's fault
+            if mask.any() or self.read(index).any():  # resizing may lose a thin hole; the file is still usable
                 return mask
             self.bad[path] = f"mask {path} marks no hole"
         except MisfError as error:

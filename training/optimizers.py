@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .recipe import Recipe
 
 BIAS_RATE = 0.25
-"""AdamW's rate beside Muon's, as a share of it: Muon's rates are for updates whose singular values are near 1."""
+"""AdamW's learning rate as a fraction of Muon's, whose updates are larger (their singular values are near 1)."""
 
 
 def make_optimizers(module: nn.Module, config: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Return the optimizers of a network's parameters, each with its share of the recipe's learning rate."""
+    """Return the optimizers of a network's parameters, each with its factor for the recipe's learning rate."""
     parameters = list(module.parameters())
 
     def adamw(which: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -32,18 +32,18 @@ def make_optimizers(module: nn.Module, config: Recipe) -> list[tuple[torch.optim
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for weights of two dimensions and more.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for weights with two or more dimensions.
 
-    A weight is the matrix of its first dimension and all others; its step is the momentum's nearest orthogonal matrix,
-    or nearly: all but its smallest singular values are raised to about 1. As torch.optim.Muon, which takes matrices
-    only and computes in bfloat16: on a CPU without it that takes as long as the network. On matrices both agree
-    (tests/training/test_optimizers.py).
+    A weight is seen as a matrix, its first dimension against all others. The update is approximately the orthogonal
+    matrix nearest to the momentum: all but the smallest singular values are raised to about 1. torch.optim.Muon, with
+    which it agrees on matrices (tests/training/test_optimizers.py), accepts matrices only and computes in bfloat16,
+    which takes as long as the network itself on a CPU without bfloat16 instructions.
 
     Args:
-        weights: to train.
-        lr: the learning rate, times sqrt(rows / columns) for matrices with more rows than columns.
-        momentum: of Nesterov's kind.
-        weight_decay: of AdamW's kind.
+        weights: the parameters to train, each with two or more dimensions.
+        lr: the learning rate, multiplied by sqrt(rows / columns) for matrices with more rows than columns.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled weight decay, as in AdamW.
 
     """
 
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Make one step; a closure, if given, is called first for the loss."""
+        """Update the weights once; a closure, if given, is called first, and its loss returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], group: dict[str, Any], scale: float) -> None:
-        """Update weights whose matrices have one shape: together, for a GPU is idle with one at a time."""
+        """Update weights whose matrices have the same shape, all at once: single ones would leave a GPU mostly idle."""
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         for weight in weights:
             if not self.state[weight]:
@@ -82,9 +82,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(x: Tensor) -> Tensor:
-    """Return the matrix near U V^T for x = U S V^T, by five Newton-Schulz steps, or that of each of a stack.
+    """Return an approximation of U V^T for x = U S V^T, a matrix or a stack of matrices (..., rows, columns).
 
-    The factors are Jordan's.
+    Five Newton-Schulz steps with Jordan's coefficients.
     """
     turned: Tensor = x.mT if x.shape[-2] > x.shape[-1] else x
     y: Tensor = turned / turned.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

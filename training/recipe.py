@@ -1,4 +1,4 @@
-"""How a network is trained: every number of a run, saved with it."""
+"""How a network is trained: every setting of a run, saved with it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "semantic-3": {"feature_filter_level": 3, "image_filter": False},
     "both": {"feature_filter_level": 3, "image_filter": True},
 }
-"""Which filters a network has (arXiv 2203.06304, table 4): NetworkConfig fields to replace."""
+"""The paper's ablations (arXiv 2203.06304, table 4), as the fields of NetworkConfig that they replace."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of a training run; the defaults are the paper's recipe (arXiv 2203.06304, section 4.1).
+    """Every setting of a training run; the defaults are the paper's (arXiv 2203.06304, section 4.1).
 
-    A loss of weight 0 is switched off, with everything that only it needs.
+    A loss of weight 0 is switched off, together with everything that only this loss needs.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it.
+
     """
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -35,9 +39,9 @@ class Recipe:
     steps: int = 450_000
     seconds: float = 0.0
     """If not 0, the run ends after this many seconds of training, or after `steps` if that is sooner, and the learning
-    rate follows the clock: for machines that are rented by the minute. Such a run is not reproducible to the digit."""
+    rate follows the clock. Meant for machines rented by the minute; such a run is not exactly reproducible."""
     batch: int = 8
-    """Samples per step, over all processes and accumulated passes."""
+    """Samples per step, summed over all processes and accumulated passes."""
     accumulate: int = 1
     """Gradient accumulation: each batch is split into this many passes, to save memory."""
     crop: int = 256
@@ -49,11 +53,11 @@ class Recipe:
     l1: float = 1.0
     """L1 over the whole prediction, divided by the mask's mean."""
     hole: float = 0.0
-    """L1 in the hole, with its square and that of its 4x4 means: `losses.hole_loss`."""
+    """L1 in the hole, plus the squared error and the L1 of 4x4 means (`losses.hole_loss`)."""
     hole_squared: float = 4.0
     hole_coarse: float = 0.5
     psnr: float = 0.0
-    """Logarithm of the mean square in the hole, sample by sample: what the mean of PSNR measures."""
+    """Logarithm of the mean squared error in the hole, averaged over samples: the mean PSNR, up to a factor."""
     ssim: float = 0.0
     """log(1 - SSIM) of the composite, averaged over samples."""
     known: float = 0.0
@@ -64,11 +68,11 @@ class Recipe:
     style: float = 250.0
     feature_matching: float = 0.0
     distance: float = 0.0
-    """Logarithm of the finished picture's feature distance to the truth (`efficientnet.py`), sample by sample."""
+    """Logarithm of the feature distance between composite and truth (`efficientnet.py`), averaged over samples."""
     hole_patches: bool = False
-    """The discriminator judges finished pictures, and takes only patches that the hole touches for false."""
+    """The discriminator sees composites, and only patches near the hole count as fake."""
     adversarial_from: float = 0.0
-    """The share of the run after which the discriminator, and with it feature matching, begins."""
+    """The fraction of the run after which the discriminator and feature matching are switched on."""
     discriminator_width: int = 64
 
     optimizer: str = "adamw"
@@ -77,12 +81,12 @@ class Recipe:
     betas: tuple[float, float] = (0.0, 0.9)
     weight_decay: float = 0.0
     discriminator_rate: float = 0.1
-    """The discriminator's learning rate as a share of the generator's; its optimizer is always Adam."""
+    """The discriminator's learning rate as a fraction of the generator's; its optimizer is always Adam."""
     clip: float = 0.0
-    """The generator's gradients are scaled down to this norm; 0 leaves them."""
+    """Maximum norm of the generator's gradient; 0 switches clipping off."""
     schedule: str = "constant"
     warm_up: int = 0
-    """Steps over which the learning rate rises to its value."""
+    """Number of steps over which the learning rate rises linearly to its full value."""
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
@@ -92,7 +96,7 @@ class Recipe:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.batch % self.accumulate:
-            raise ValueError(f"batch must divide by accumulate, got {self.batch} and {self.accumulate}")
+            raise ValueError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
         if self.crop < self.network.minimum_side or self.crop % self.network.multiple:
             raise ValueError(
                 f"crop must be a multiple of {self.network.multiple} and at least {self.network.minimum_side} for this "
@@ -105,21 +109,21 @@ class Recipe:
         if self.adversarial_kind not in ADVERSARIAL:
             raise ValueError(f"adversarial_kind must be one of {', '.join(ADVERSARIAL)}, got {self.adversarial_kind!r}")
         if min(self.weights.values()) < 0 or not any(self.weights.values()):
-            raise ValueError(f"loss weights must not be negative, nor all 0, got {self.weights}")
+            raise ValueError(f"loss weights must be at least 0, and one of them above 0, got {self.weights}")
         if self.feature_matching and not self.adversarial:
-            raise ValueError("feature_matching compares the discriminator's features: it needs adversarial above 0")
+            raise ValueError("feature_matching compares features of the discriminator: it needs adversarial above 0")
         for name in ("learning_rate", "discriminator_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("clip", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, nor infinite, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be from 0 to below 1, got {self.ema_decay}")
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of every loss of the generator, by name."""
+        """The weights of the generator's losses by name."""
         names = (
             "l1",
             "hole",
@@ -136,7 +140,7 @@ class Recipe:
 
     @property
     def needs_vgg(self) -> bool:
-        """Whether VGG-19's features are compared."""
+        """Whether a loss compares VGG-19 features."""
         return self.perceptual > 0 or self.style > 0
 
     def progress(self, step: int, elapsed_s: float = 0.0) -> float:
@@ -151,20 +155,25 @@ class Recipe:
         return rate
 
     def without_vgg(self) -> Recipe:
-        """Return the recipe without VGG's losses; feature matching in the discriminator takes their place.
+        """Return the recipe with the VGG-19 losses replaced by feature matching in the discriminator and `hole`.
 
-        The discriminator is there anyway, sees the same pictures, and its features are a learned measure of detail
-        (pix2pixHD, arXiv 1711.11585, uses them so, with this weight); L1 of 4x4 means holds the colours of large holes.
+        The discriminator is trained anyway and its features measure detail (pix2pixHD, arXiv 1711.11585, compares them
+        with the same weight); the L1 of 4x4 means in `hole` keeps the colours of large holes right.
         """
         return replace(self, perceptual=0.0, style=0.0, feature_matching=10.0 * self.adversarial, hole=1.0)
 
     def to_json(self) -> str:
-        """Return the recipe as a JSON object, the network's config within."""
+        """Return the recipe as a JSON object that includes the network's config."""
         return json.dumps(asdict(self), indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Return the recipe saved by `to_json`; ValueError for anything else."""
+        """Return the recipe saved by `to_json`.
+
+        Raises:
+            ValueError: not JSON, unknown keys, or a setting out of its range.
+
+        """
         try:
             values = json.loads(text)
             network = NetworkConfig.from_json(json.dumps(values.pop("network")))
@@ -173,7 +182,7 @@ class Recipe:
                 raise ValueError(f"unknown keys {', '.join(unknown)}: was it written by another version of misf?")
             return cls(network=network, **values)
         except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a training config of misf: {error}") from error
+            raise ValueError(f"not a training recipe of misf: {error}") from error
 
 
 RECIPES: dict[str, Recipe] = {
@@ -225,5 +234,5 @@ RECIPES: dict[str, Recipe] = {
         ema_decay=0.998,
     ),
 }
-"""`paper`: Places2 or CelebA, days on a GPU. `fidelity`: no adversary, PSNR and SSIM first.
-`looks`: fidelity, then sharp fills; of the shipped misf-small."""
+"""`paper`: for Places2 or CelebA, takes days on a GPU. `fidelity`: PSNR and SSIM without a discriminator.
+`looks`: weaker PSNR and SSIM losses plus a discriminator, for sharp fills."""

@@ -1,6 +1,6 @@
-"""Training samples made where the training is: all pictures and a stock of masks lie on the device.
+"""Training samples made on the training device, which holds all pictures and a stock of masks.
 
-For collections that fit there. A GPU cuts thousands of crops in the time that a processor takes for a few.
+For collections that fit into its memory. A GPU cuts thousands of crops in the time that a CPU takes for a few.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from .dataset import MaskSource, Picture, Pictures
 
 
 class ResidentSamples:
-    """Random native crops with masks from a stock; a batch depends on the seed and its number alone (on one device).
+    """Random crops with masks from a stock. On one type of device a batch depends only on the seed and its number.
 
     Args:
         pictures: those whose shorter side is below `crop` are enlarged to it.
-        masks: where the stock is drawn from.
+        masks: the source of the stock.
         stock: number of masks, each used in all eight orientations.
-        crop, seed, zoom_out, shuffle_colors: as for `TrainingSamples`, but crops are cut pixel by pixel from two
-            sizes of each picture: its own and one smaller by `zoom_out`.
-        device: where everything lies.
-        workers: processes that draw the masks.
+        crop, seed, zoom_out, shuffle_colors: as for `TrainingSamples`, but crops are cut without resizing from two
+            sizes of each picture: the original, and one smaller by the factor `zoom_out`.
+        device: the device that holds everything.
+        workers: number of processes that draw the masks.
+
+    Raises:
+        MisfError: no picture can be decoded.
+
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class ResidentSamples:
         return image.permute(0, 3, 1, 2).float() / 255, mask[:, None].float()
 
     def batches(self, start: int, count: int, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches from number `start` on, every `step`th, without end."""
+        """Yield every `step`th batch from number `start` on, endlessly."""
         for number in itertools.count(start, step):
             yield self.batch(number, count)
 
@@ -107,7 +111,7 @@ def _drawn(masks: MaskSource, seed: int, crop: int, index: int) -> Mask:
 
 
 def _sizes(picture: Picture, crop: int, zoom_out: float) -> list[Picture]:
-    """Return the picture, and once more smaller by `zoom_out`; neither with a side below `crop`."""
+    """Return the picture, and a copy smaller by the factor `zoom_out`; neither has a side below `crop`."""
     height, width = picture.shape[:2]
     factors = {max(1.0, crop / min(height, width)), max(1 / zoom_out, crop / min(height, width))}
     found = []

@@ -1,11 +1,11 @@
-"""The folder of a training run: its state, written whole or not at all, its weights, and its log.
+"""The folder of a training run: its state (written atomically), its weights and its log.
 
 state.pt            everything that --resume needs
 ema.safetensors     the averaged weights, ready for misf-export
-best.safetensors    those of the best validation so far, if there is one
-run.json            the recipe and where the data were
+best.safetensors    the averaged weights with the best validation so far, if the run validates
+run.json            the recipe and the paths of the data
 log.jsonl           one line of numbers per logged step
-tensorboard/        the same as curves, and pictures
+tensorboard/        the same numbers as curves, and pictures
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = "misf-training-2"
 
 
 class RunFolder:
-    """Where one run keeps its files; see the module's text."""
+    """The files of one run, listed in the module's docstring."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Whether the folder holds a run."""
         return self.settings.exists() or self.state.exists()
 
     def write_settings(self, settings: dict[str, Any]) -> None:
@@ -50,11 +50,16 @@ class RunFolder:
             temporary.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def read_settings(self) -> dict[str, Any]:
-        """Return what `write_settings` wrote; MisfError when there is none or it is damaged."""
+        """Return what `write_settings` wrote.
+
+        Raises:
+            MisfError: run.json is missing or damaged.
+
+        """
         try:
             settings = json.loads(self.settings.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise MisfError(f"{self.path} holds no training run: expected {self.settings.name} in it") from error
+            raise MisfError(f"{self.path} holds no training run: it has no {self.settings.name}") from error
         except ValueError as error:
             raise MisfError(f"{self.settings} is damaged: {error}") from error
         if not isinstance(settings, dict):
@@ -62,13 +67,18 @@ class RunFolder:
         return settings
 
     def write_state(self, state: dict[str, Any]) -> None:
-        """Write state.pt; whoever is killed meanwhile keeps the previous one."""
+        """Write state.pt atomically: if the process is killed meanwhile, the previous state remains."""
         with written_whole(self.state) as temporary, temporary.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
 
     def read_state(self) -> dict[str, Any] | None:
-        """Return what `write_state` wrote, on the CPU, or None when the run had not come that far."""
+        """Return what `write_state` wrote, on the CPU, or None if no state has been saved yet.
+
+        Raises:
+            MisfError: state.pt is damaged or holds something else.
+
+        """
         if not self.state.exists():
             return None
         try:
@@ -76,16 +86,16 @@ class RunFolder:
         except PermissionError:
             raise
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-            raise MisfError(f"{self.state} is damaged: start again, with --init-from {self.weights}") from error
+            raise MisfError(f"{self.state} is damaged: start a new run with --init-from {self.weights}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise MisfError(f"{self.state} is not the state of a training run of this misf")
+            raise MisfError(f"{self.state} is not the state of a training run by this version of misf")
         return state
 
 
 class RunLog:
-    """Numbers and pictures of a run: log.jsonl always, TensorBoard where it is installed.
+    """Numbers and pictures of a run: log.jsonl and, if it is installed, TensorBoard.
 
-    Entries after `step`, where a resumed run goes on, are dropped: they will be made again.
+    Entries after `step`, where a resumed run continues, are dropped, because the run will log them again.
     """
 
     def __init__(self, folder: RunFolder, step: int) -> None:
@@ -103,7 +113,7 @@ class RunLog:
         for line in self.file.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-            except ValueError:  # cut off by a kill
+            except ValueError:  # the process was killed while writing this line
                 break
             if entry["step"] <= step:
                 kept.append(line)
@@ -124,7 +134,7 @@ class RunLog:
             self.board.add_image("damaged, filled, true", grid.clamp(0, 1), step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush the log and close it."""
         if self.board is not None:
             self.board.close()
 
@@ -133,6 +143,6 @@ def _board(path: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        log.info("no TensorBoard curves: pip install tensorboard")
+        log.info("TensorBoard is not installed, so there are no curves: pip install tensorboard")
         return None
     return SummaryWriter(str(path), purge_step=step + 1 if step else None)

@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 EXISTING = click.Path(exists=True, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 PACE = ("log_every", "save_every", "picture_every")
-"""Options of a run that --resume takes up, unless they are given anew."""
+"""Options that --resume takes from the run, unless they are given again."""
 ANY_TIME = ("output", "resume", "auto_resume", "device", "workers", "stop_after", *PACE)
-"""Options that do not change what a run computes: they go with --resume."""
+"""Options that do not change what a run computes, and are therefore allowed with --resume."""
 PATHS = ("data", "val", "init_from", "vgg19")
 """Options that run.json keeps as absolute paths, or null."""
 PLAIN = ("invert_mask", "mask_threshold", "mask_values", "precision", "resident", "perceptual_backbone")
-"""Options that run.json keeps as they are."""
+"""Options that run.json keeps unchanged."""
 STARTED = time.monotonic()
 
 
@@ -50,7 +50,7 @@ STARTED = time.monotonic()
 @click.option(
     "--output", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the run's files."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --output with its own settings.")
+@click.option("--resume", is_flag=True, help="Continue the run in --output with the settings it was started with.")
 @click.option(
     "--auto-resume", is_flag=True, help="Continue the run in --output if there is one: for launchers that restart."
 )
@@ -73,12 +73,12 @@ STARTED = time.monotonic()
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
-    help="Losses, optimizer and schedule.  [default: that of --init-from, else paper]",
+    help="Losses, optimizer and schedule.  [default: the recipe of --init-from, or paper]",
 )
 @click.option(
     "--init-from",
     type=ModelFile(weights=True),
-    help="Checkpoint to start from, or misf-small: its network replaces --config, and its recipe --recipe.",
+    help="Checkpoint to start from, or misf-small; its network and its recipe replace --config and --recipe.",
 )
 @official_option
 @click.option("--vgg19", type=click.Path(path_type=Path), help="torchvision's VGG-19 weights, for the paper's losses.")
@@ -96,11 +96,15 @@ STARTED = time.monotonic()
 )
 @click.option("--crop", type=click.IntRange(min=8), help="Side of the square crops in pixels.")
 @click.option(
-    "--zoom-out", type=click.FloatRange(min=1), help="Crops cover up to this many times --crop, then shrunk to it."
+    "--zoom-out",
+    type=click.FloatRange(min=1),
+    help="Cut squares of up to this many times --crop and shrink them to --crop.",
 )
 @click.option("--whole", is_flag=True, help="Train on each picture's middle square, resized, instead of crops.")
 @click.option(
-    "--optimizer", type=click.Choice(OPTIMIZERS), help="Optimizer of the generator; muon needs a higher rate (4e-3)."
+    "--optimizer",
+    type=click.Choice(OPTIMIZERS),
+    help="Optimizer of the generator; muon needs a higher learning rate (4e-3).",
 )
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Learning rate of the generator.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="Schedule of the learning rate.")
@@ -122,7 +126,7 @@ STARTED = time.monotonic()
     "--resident",
     type=click.IntRange(min=1),
     metavar="MASKS",
-    help="Keep all pictures and this many masks in the device's memory.",
+    help="Keep all pictures and this many masks in the memory of the device.",
 )
 @click.option(
     "--stop-after",
@@ -168,17 +172,17 @@ def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
         needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
-                f"{folder.settings} is damaged, or another version's: it lacks {', '.join(sorted(lacking))}"
+                f"{folder.settings} is damaged or from another version: it lacks {', '.join(sorted(lacking))}"
             )
         options |= {name: settings[name] for name in PACE if not _given(name)}
     if not resume:
         if folder.exists:
             raise MisfError(
-                f"{output} already holds a run: continue it with --resume, or start another from its weights, "
+                f"{output} already holds a run: continue it with --resume, or start another from its weights with "
                 f"--init-from {folder.weights} --output ANOTHER"
             )
         if options["data"] is None:
-            raise click.UsageError("--data is missing: a folder or a list of pictures")
+            raise click.UsageError("--data is missing: give a folder or a list of pictures")
         settings = _settings(options)
     _run(folder, settings, options, resume)
 
@@ -195,13 +199,13 @@ def _refuse_changes() -> None:
     given = [option for option in given if option not in ("-v", "-q", "--version")]
     if given:
         raise click.UsageError(
-            f"--resume continues with the run's own settings: leave out {', '.join(given)}, or start another run "
+            f"--resume continues with the settings of the run: leave out {', '.join(given)}, or start another run "
             "from its weights with --init-from"
         )
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json keeps: the recipe, and where everything is."""
+    """Return the contents of run.json: the recipe, and where everything is."""
     import json
 
     recipe = _recipe(options)
@@ -232,7 +236,7 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     recipe = _base_recipe(options["recipe"], start)
     if recipe.needs_vgg and not options["vgg19"]:
         recipe = recipe.without_vgg()
-        log.info("no --vgg19: the discriminator's features take the place of VGG's (see docs/training.md)")
+        log.info("no --vgg19: features of the discriminator replace those of VGG (see docs/training.md)")
     names = (
         "steps",
         "batch",
@@ -250,34 +254,34 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         chosen["whole"] = True
     if options["optimizer"] not in (None, recipe.optimizer) and options["learning_rate"] is None:
         raise click.UsageError(
-            f"--optimizer {options['optimizer']} takes another rate than the {recipe.learning_rate:g} of "
-            f"the recipe: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
+            f"--optimizer {options['optimizer']} needs another learning rate than the recipe's "
+            f"{recipe.learning_rate:g}: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
         )
     chosen |= _numbers(options["changes"])
     recipe = replace(recipe, network=network, **chosen)
     if options["vgg19"] and not recipe.needs_vgg:
-        raise click.UsageError("the recipe does not compare VGG-19's features: leave out --vgg19")
+        raise click.UsageError("the recipe does not use VGG-19 features: leave out --vgg19")
     return recipe
 
 
 def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
-    """Return the recipe of that name, or the one that the weights to start from were trained by."""
+    """Return the recipe of that name or, without one, the recipe that the weights of `start` were trained with."""
     if name or start is None:
         return RECIPES[name or "paper"]
     if not start.recipe:
         named = ", ".join(f"{name} ({recipe.steps} steps)" for name, recipe in RECIPES.items())
         raise click.UsageError(
-            f"{start.path} does not say by which recipe it was trained: give --recipe, one of {named}"
+            f"{start.path} does not say which recipe it was trained with: give --recipe, one of {named}"
         )
     recipe = Recipe.from_json(start.recipe)
     log.info(
-        "the recipe is the one that %s was trained by; --recipe, --steps and other options change it", start.path.name
+        "using the recipe that %s was trained with; --recipe, --steps and other options change it", start.path.name
     )
     return recipe
 
 
 def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
-    """Return the --set options: floats and switches (0 or 1) of the recipe by name."""
+    """Return the values of --set by name: the recipe's floats and switches (0 or 1)."""
     known = {item.name: item.type for item in fields(Recipe) if item.type in ("float", "bool")}
     found: dict[str, float | bool] = {}
     for change in changes:
@@ -287,7 +291,7 @@ def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
         except ValueError:
             number = float("nan")
         if name not in known or number != number or (known[name] == "bool" and number not in (0, 1)):
-            raise click.UsageError(f"--set {change}: expected NAME=NUMBER, the name one of {', '.join(known)}")
+            raise click.UsageError(f"--set {change}: expected NAME=NUMBER with a name out of {', '.join(known)}")
         found[name] = bool(number) if known[name] == "bool" else number
     return found
 
@@ -312,7 +316,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     )
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
     if isinstance(samples, TrainingSamples):
-        samples.sample(0)  # pictures or masks of which none can be used are an error before there is a folder
+        samples.sample(0)  # fail before the folder is created if no picture or no mask is usable
     state = folder.read_state() if resume else None
     if state is not None:
         trainer.load_state(state)
@@ -346,13 +350,13 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
             )
     except KeyboardInterrupt:
         saved = (
-            "there is no saved state yet" if not folder.state.exists() else f"the last state saved is in {folder.state}"
+            "no state has been saved yet" if not folder.state.exists() else f"the last saved state is {folder.state}"
         )
-        log.info("at step %d, %s (--save-every): --resume continues from there", trainer.step, saved)
+        log.info("stopped at step %d; %s (--save-every), and --resume continues from there", trainer.step, saved)
         raise
     trainer.close()
     if fabric.is_global_zero:
-        log.info("done; the weights:")
+        log.info("done; the weights are in")
         click.echo(folder.weights)
 
 
@@ -420,7 +424,7 @@ def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]] | None:
-    """Return up to 8 pictures per mask band, cropped to 256x256: always the same."""
+    """Return up to 8 validation pictures per mask band, cropped to 256x256; the choice is always the same."""
     if not settings["val"]:
         return None
     import torch

@@ -1,7 +1,7 @@
-"""The training loop, on Lightning Fabric: CPU, one GPU, or several processes that torchrun started.
+"""The training loop, on Lightning Fabric: CPU, one GPU, or several processes started by torchrun.
 
-Every random choice is a function of the seed and the sample's number, every rate of the step's: so a run is
-reproducible, and a state file needs to hold no more than weights, optimizers and the step to go on exactly.
+Every random choice depends only on the seed and the sample index, every learning rate only on the step. Runs are
+therefore reproducible, and a state file with the weights, the optimizers and the step is enough to resume exactly.
 """
 
 from __future__ import annotations
@@ -42,19 +42,22 @@ Numbers = dict[str, Tensor]
 
 
 def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
-    """Return a launched Fabric for this process: alone, or one of those that torchrun started.
+    """Return a launched Fabric for this process, which runs alone or is one of several started by torchrun.
 
     Args:
-        device: auto (a GPU where there is one), cpu or cuda.
+        device: auto (a GPU if there is one), cpu or cuda.
         precision: 32-true or bf16-mixed.
+
+    Raises:
+        EnvironmentMismatch: `device` is cuda and PyTorch finds no usable GPU.
 
     """
     if device == "cuda" and not torch.cuda.is_available():
-        hint = "leave it out, or install a CUDA build"
-        raise EnvironmentMismatch(f"--device cuda: no NVIDIA GPU that this PyTorch can use; {hint}")
+        hint = "leave the option out, or install a CUDA build of PyTorch"
+        raise EnvironmentMismatch(f"--device cuda: PyTorch finds no NVIDIA GPU that it can use; {hint}")
     if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32: Muon's products need no more
-        torch.backends.cudnn.benchmark = True  # every batch has one size
+        torch.set_float32_matmul_precision("high")  # TF32 is precise enough for Muon's products
+        torch.backends.cudnn.benchmark = True  # all batches have the same size
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     fabric = Fabric(
@@ -67,27 +70,28 @@ def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
     fabric.launch()
     on_cpu = fabric.device.type == "cpu"
     if precision == "bf16-mixed" and on_cpu and fabric.is_global_zero and not computes_bf16():
-        log.warning("this processor has no bfloat16 instructions: steps take far longer than with --precision fp32")
+        log.warning("this processor has no bfloat16 instructions: steps take much longer than with --precision fp32")
     return fabric
 
 
 def computes_bf16() -> bool:
-    """Return whether this processor has instructions for bfloat16; where PyTorch cannot tell, suppose that it has.
+    """Return whether this processor has bfloat16 instructions; True if PyTorch cannot tell.
 
-    Without them a step of the published network took twice as long as in float32 with AVX-512, fifteen times with AVX2
-    (by ONEDNN_MAX_CPU_ISA on a processor that has them).
+    Without them a step of the published network took twice as long as in float32 with AVX-512, and fifteen times as
+    long with AVX2 (measured with ONEDNN_MAX_CPU_ISA on a processor that has them).
     """
-    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch has none
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of PyTorch
     return not has or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
 
 
 class StepSampler(Sampler[int]):
-    """The sample numbers of one process, from step `start` to the end: a slice of each step's batch."""
+    """The sample indices of one process, from step `start` to the end: a slice of each step's batch."""
 
     def __init__(self, config: Recipe, start: int, rank: int, world: int) -> None:
         if config.batch % (config.accumulate * world):
             raise ValueError(
-                f"batch must divide by accumulate x processes, got {config.batch}, {config.accumulate} and {world}"
+                "batch must be a multiple of accumulate x processes, "
+                f"got {config.batch}, {config.accumulate} and {world}"
             )
         self.config, self.start, self.rank, self.world = config, start, rank, world
         self.part = config.batch // (config.accumulate * world)
@@ -108,9 +112,12 @@ class Trainer:
     Args:
         config: the recipe.
         fabric: from `make_fabric`.
-        vgg: frozen VGG-19, when the recipe compares its features.
-        distance: the feature distance, when the recipe has it.
-        weights: what the generator starts from, instead of random weights.
+        vgg: frozen VGG-19; required if the recipe compares its features.
+        distance: the feature distance; required if the recipe uses it.
+        weights: the generator's initial state dict; random weights by default.
+
+    Raises:
+        MisfError: the recipe needs `vgg` or `distance`, or its schedule does not work with several processes.
 
     """
 
@@ -126,9 +133,9 @@ class Trainer:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {VGG19_SOURCE} with --vgg19")
         if config.seconds and fabric.world_size > 1:
-            raise MisfError("a schedule by the clock (seconds) is for one process: give --steps instead")
+            raise MisfError("a schedule by the clock (seconds) works with one process only: give --steps instead")
         if config.distance and distance is None:
-            raise MisfError("the recipe has a feature distance: give --perceptual-backbone")
+            raise MisfError("the recipe uses a feature distance: give --perceptual-backbone")
         self.config, self.fabric, self.step = config, fabric, 0
         self.elapsed_s = 0.0
         # On CPUs channels-last makes the wide convolutions' backward slower (AVX2) or gains nothing (AVX-512).
@@ -156,10 +163,10 @@ class Trainer:
             self.discriminator, self.discriminator_optimizer = fabric.setup(judge, judging)
 
     def close(self) -> None:
-        """Drop the networks and shut the process group down on all ranks together; the trainer is of no use afterwards.
+        """Drop the networks and shut the process group down on all ranks together; the trainer is unusable afterwards.
 
-        A rank that exits early can make its peers abort. And the networks go first: DDP's reducer, which they keep,
-        owns the group's threads, and joins them under the interpreter's lock if it is left to the process's exit.
+        A rank that exits early can make its peers abort. The networks must go first: they keep DDP's reducer alive,
+        which owns the group's threads and, if it is destroyed at process exit, joins them while holding the GIL.
         """
         if self.fabric.world_size == 1 or not torch.distributed.is_initialized():
             return
@@ -170,7 +177,10 @@ class Trainer:
         torch.distributed.destroy_process_group()
 
     def batches(self, samples: TrainingSamples | ResidentSamples, workers: int = 0) -> Iterator[Batch]:
-        """Yield this process's part of every batch from the present step on, one per accumulated pass."""
+        """Yield this process's part of every batch from the current step on, one (image, mask) per accumulated pass.
+
+        Shapes and ranges are those of `TrainingSamples.sample`, with N in front, on the trainer's device.
+        """
         sampler = StepSampler(self.config, self.step, self.fabric.global_rank, self.fabric.world_size)
         if isinstance(samples, ResidentSamples):
             passes, world = self.step * self.config.accumulate, self.fabric.world_size
@@ -183,14 +193,17 @@ class Trainer:
             sampler=sampler,
             num_workers=workers,
             pin_memory=self.fabric.device.type == "cuda",
-            generator=torch.Generator(),  # its own: the loader's draw must not touch the run's random numbers
+            generator=torch.Generator(),  # the loader must not draw from the run's generator
         )
         for image, mask in loader:
             image = image.to(self.fabric.device, memory_format=self.layout, non_blocking=True)
             yield image, mask.to(self.fabric.device, non_blocking=True)
 
     def train_step(self, batches: Iterator[Batch]) -> Numbers:
-        """Make one step of both networks on the next `accumulate` batches; return its losses, as yet unread."""
+        """Train both networks for one step on the next `accumulate` batches; return the losses by name.
+
+        The losses are scalar tensors on the training device, so that nothing waits for the GPU yet.
+        """
         config = self.config
         for optimizer, share in self._every_optimizer():
             optimizer.param_groups[0]["lr"] = config.rate(self.step, self.elapsed_s) * share
@@ -210,12 +223,12 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the recipe's last step or second lies behind."""
+        """Whether the recipe's last step is done or its time is up."""
         return self.config.progress(self.step, self.elapsed_s) >= 1
 
     @property
     def _judging(self) -> bool:
-        """Whether the discriminator takes part by now."""
+        """Whether the discriminator is in use at the current step."""
         begun = self.config.progress(self.step, self.elapsed_s) >= self.config.adversarial_from
         return self.discriminator is not None and begun
 
@@ -226,7 +239,7 @@ class Trainer:
             yield self.discriminator_optimizer, self.config.discriminator_rate
 
     def _pass(self, image: Tensor, mask: Tensor, *, last: bool) -> Numbers:
-        """Add the gradients of one batch to both networks: one forward of the generator, two of the discriminator."""
+        """Accumulate one batch's gradients in both networks; the generator runs once, the discriminator twice."""
         share = 1 / self.config.accumulate
         with self._no_sync(self.generator, not last):
             prediction = self.generator(image, mask)
@@ -243,7 +256,7 @@ class Trainer:
     def _judge(
         self, fake: Tensor, image: Tensor, mask: Tensor, share: float, last: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Add the discriminator's gradients, true and predicted in one batch; return its loss, features of the true."""
+        """Accumulate the discriminator's gradients, real and fake in one batch; return its loss and real features."""
         with self._no_sync(self.discriminator, not last):
             scores, features = self.discriminator(torch.cat([image, self._judged(fake, image, mask)]))
             of_image, of_fake = scores.chunk(2)
@@ -254,11 +267,11 @@ class Trainer:
         return loss / 2, [layer.chunk(2)[0].detach() for layer in features]
 
     def _judged(self, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-        """Return what the discriminator gets to see: the finished picture, or all that the generator made."""
+        """Return the discriminator's input: the composite or, without `hole_patches`, the whole prediction."""
         return composite(image, prediction, mask) if self.config.hole_patches else prediction
 
     def _patches(self, scores: Tensor, mask: Tensor) -> Tensor | None:
-        """Return which of the scores count for predictions, None for all."""
+        """Return the weights (0 or 1) of a prediction's scores; None if all of them count."""
         return losses.touched_patches(mask, scores.shape[2:]) if self.config.hole_patches else None  # type: ignore[arg-type]
 
     def _generator_terms(
@@ -268,7 +281,7 @@ class Trainer:
         mask: Tensor,
         real_features: list[Tensor] | None,
     ) -> Numbers:
-        """Return the recipe's losses of the generator by name, unweighted, in float32; only networks see less."""
+        """Return the generator's losses by name, unweighted, in float32; only networks run in lower precision."""
         config, terms = self.config, {}
         prediction = prediction.float()
         if config.l1:
@@ -301,9 +314,10 @@ class Trainer:
     def _passing_for_real(
         self, prediction: Tensor, image: Tensor, mask: Tensor, real_features: list[Tensor]
     ) -> Numbers:
-        """Return the losses that the discriminator gives the generator; only the prediction gets gradients.
+        """Return the generator's losses from the discriminator; gradients reach the prediction only.
 
-        The bare module: under DDP its wrapper would wait for gradients. In eval mode its weights' norms stand still.
+        This calls the bare module, because DDP's wrapper would wait for gradients, in eval mode, in which spectral norm
+        does not update its vectors.
         """
         judge = self.discriminator.module
         judge.eval().requires_grad_(False)
@@ -317,24 +331,24 @@ class Trainer:
         return terms
 
     def _no_sync(self, module: Any, enabled: bool) -> Any:
-        """Leave the exchange of gradients between processes to the last of the accumulated passes."""
+        """Return a context that, if `enabled`, skips the gradient all-reduce, which only the last pass needs."""
         if self.fabric.world_size == 1:
             return contextlib.nullcontext()
         return self.fabric.no_backward_sync(module, enabled=enabled)
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        # Ramped, or the random start would linger for thousands of steps.
+        # The decay is ramped up; otherwise the random initial weights would linger for thousands of steps.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         pairs = list(zip(self.average.parameters(), self.network.parameters(), strict=True))
         torch._foreach_lerp_([mean for mean, _ in pairs], [now for _, now in pairs], 1 - decay)
 
     def state(self) -> dict[str, Any]:
-        """Return all that another process needs to go on exactly here."""
+        """Return everything that another process needs to resume exactly here."""
         state = {
             "config": self.config.to_json(),
             "step": self.step,
-            # Of use to a schedule by the clock alone; all else of a state is a function of the step.
+            # Used only by schedules by the clock; everything else in a state is a function of the step.
             "elapsed_s": self.elapsed_s if self.config.seconds else 0.0,
             "generator": self.generator.module.state_dict(),
             "average": self.average.state_dict(),
@@ -347,7 +361,7 @@ class Trainer:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned, of a run with the same recipe."""
+        """Resume from a dict that `state` returned; ValueError if it belongs to a run with another recipe."""
         if Recipe.from_json(state["config"]) != self.config:
             raise ValueError("the state belongs to a run with another recipe")
         self.step, self.elapsed_s = state["step"], state.get("elapsed_s", 0.0)
@@ -361,9 +375,9 @@ class Trainer:
         torch.set_rng_state(state["random"])
 
     def save(self, folder: RunFolder) -> None:
-        """Write averaged weights and state, from the first process only.
+        """Write the averaged weights and then the state, on rank 0 only.
 
-        The state last: a run that is killed in between does again what led here.
+        A run that is killed between the two resumes from the previous state and writes the weights again.
         """
         if self.fabric.is_global_zero:
             self.save_weights(folder.weights)
@@ -377,7 +391,7 @@ class Trainer:
 
     @torch.no_grad()
     def filled(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the finished pictures N,3,H,W that the averaged weights make."""
+        """Return the averaged network's composites, float32 N,3,H,W in [0,1]; arguments as for `composite`."""
         return composite(image, self.average(image, mask).float(), mask)
 
     def validate(self, cases: list[Batch]) -> float:
@@ -402,24 +416,26 @@ def train(
     cases: list[Batch] | None = None,
     progress: Callable[[int, str], None] = lambda _step, _text: None,
 ) -> None:
-    """Train to the recipe's last step, from wherever the trainer is; files in `folder` as `run_files` says.
+    """Train from the trainer's current step to the end of the recipe; `run_files` describes the files in `folder`.
 
     Args:
-        trainer: fresh, or with a state loaded.
-        samples: what to train on.
-        folder: written by the first process only.
-        workers: processes that prepare samples.
-        log_every, save_every, picture_every: in steps.
-        stop_at: when to save the state and return, by `time.monotonic`, if the run has not ended before.
-        cases: what to validate on whenever the state is saved.
+        trainer: new, or with a state loaded.
+        samples: the training data.
+        folder: written by rank 0 only.
+        workers: number of processes that load samples.
+        log_every, save_every, picture_every: intervals in steps.
+        stop_at: `time.monotonic` time at which to save the state and return, if the run has not ended before.
+        cases: validation pictures (image 1,3,H,W, mask 1,1,H,W), used whenever the state is saved.
         progress: called after every step with the step's number and a short text.
 
-    Raises MisfError when a loss is no longer a number, the last state on disk is from before; and for `stop_at` with
-    several processes.
+    Raises:
+        MisfError: a loss or gradient is NaN or infinite (the state on disk is older and intact), or `stop_at` is given
+            with several processes.
+
     """
     config, first = trainer.config, trainer.fabric.is_global_zero
     if stop_at < math.inf and trainer.fabric.world_size > 1:
-        raise MisfError("--stop-after is for one process: several would not stop at the same step")
+        raise MisfError("--stop-after works with one process only: several would not stop at the same step")
     shown = [tensor.to(trainer.fabric.device) for tensor in _stacked(samples, min(4, config.batch))]
     book = RunLog(folder, trainer.step) if first else None
     best = _best_so_far(folder) if first else math.inf
@@ -435,7 +451,7 @@ def train(
         saving = step % save_every == 0 or last
         if saving or step % log_every == 0:
             values = _read(trainer.fabric, numbers)
-            for name, title in (("total", "loss"), ("gradient", "gradient's norm")):
+            for name, title in (("total", "loss"), ("gradient", "gradient norm")):
                 if not math.isfinite(values.get(name, 0.0)):
                     hint = f"lower the learning rate; {folder.path} holds the run as last saved"
                     raise MisfError(f"the {title} is {values[name]} at step {step}: {hint}")
@@ -447,7 +463,7 @@ def train(
                 rate = config.rate(step - 1, trainer.elapsed_s)
                 book.numbers(step, {**values, "learning_rate": rate, "images_per_s": round(images_per_s, 2)})
                 log.debug("step %d: %s", step, text)
-        if saving:  # the state last: a run that is killed before it does all of this again
+        if saving:  # the state comes last: a run killed before that repeats all of this when it resumes
             if cases and book is not None:
                 psnr_db = trainer.validate(cases)
                 if psnr_db > best:
@@ -480,7 +496,7 @@ def _read(fabric: Fabric, numbers: Numbers) -> dict[str, float]:
 
 
 def _best_so_far(folder: RunFolder) -> float:
-    """Return the best validation that the log knows of."""
+    """Return the best validation PSNR in the log."""
     import json
 
     best = -math.inf

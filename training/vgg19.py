@@ -1,4 +1,4 @@
-"""VGG-19, whose features the perceptual and style losses compare, from torchvision's file."""
+"""VGG-19, whose features the perceptual and style losses compare, loaded from torchvision's file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..plugins.shared.errors import MisfError
 
 VGG19_SOURCE = "torchvision's vgg19-dcbb9e9d.pth (548 MB; torchvision.models.VGG19_Weights.IMAGENET1K_V1.url)"
 VGG19_DIGEST = "dcbb9e9d"
-"""The first digits of the file's SHA-256, which torchvision puts into its name."""
+"""The first digits of the file's SHA-256, as in torchvision's name for it."""
 
 # Channels of the 16 3x3 convolutions, in five blocks with max-pools between (Simonyan and Zisserman, table 1, E).
 _VGG19_BLOCKS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 
 class Vgg19(nn.Module):
-    """The features of VGG-19 that the perceptual and style losses compare. Its weights are never trained."""
+    """The features of VGG-19 that the perceptual and style losses compare, with frozen weights."""
 
     mean: Tensor
     std: Tensor
@@ -63,17 +63,19 @@ STYLE_LAYERS = ("relu2_2", "relu3_4", "relu4_4", "relu5_2")
 
 
 def load_vgg19(path: str | os.PathLike[str]) -> Vgg19:
-    """Return VGG-19 with the weights of torchvision's file, which is checked by its digest and never unpickled blindly.
+    """Return VGG-19 with the weights of torchvision's file, whose digest is checked before it is read.
 
-    Raises MisfError when there is no such file or it is another one; the message says where to get it.
+    Raises:
+        MisfError: the file does not exist or is another one; the message says where to get it.
+
     """
     path = Path(path)
     if not path.is_file():
-        raise MisfError(f"{path}: no VGG-19 weights there: get {VGG19_SOURCE}, or train without --vgg19")
+        raise MisfError(f"{path} does not exist: get {VGG19_SOURCE}, or train without --vgg19")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(VGG19_DIGEST):
         raise MisfError(
-            f"{path}: SHA-256 starts with {digest[:8]}, expected {VGG19_DIGEST}: damaged, or another file; "
+            f"{path} is damaged or another file: its SHA-256 starts with {digest[:8]}, expected {VGG19_DIGEST}; "
             f"get {VGG19_SOURCE}"
         )
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -83,9 +85,9 @@ def load_vgg19(path: str | os.PathLike[str]) -> Vgg19:
 
 
 def vgg19_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return torchvision's VGG-19 state_dict under our names; its classifier is left out.
+    """Return torchvision's VGG-19 state_dict under our names, without the classifier.
 
-    There, `features` counts every convolution, ReLU and pool: block 2 starts at index 5, block 3 at 10, and so on.
+    Its `features` count every convolution, ReLU and pool: block 2 starts at index 5, block 3 at 10, and so on.
     """
     weights = {}
     index = 0

@@ -1,7 +1,7 @@
 """The ONNX node misf::DynamicFilter: its schema, and its function body in standard ops.
 
-The body goes into the model as a local function, so that any ONNX runtime runs the file without our libraries;
-a runtime that knows the op takes its own implementation instead. Definition: `op.py`.
+The body goes into the model as a local function, so that any ONNX runtime can run the file without our libraries. A
+runtime that knows the op uses its implementation instead. Definition: `op.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ OP_TYPE = "DynamicFilter"
 DOMAIN = "misf"
 DOMAIN_VERSION = 1
 OPSET = 20
-"""Standard opset of the body and of our models. The body needs 15 (Shape of a part of the sides, CastLike)."""
+"""Standard opset of the body and of our models. The body needs at least 15 (Shape with start and end, CastLike)."""
 
-# Read by TensorRT's ONNX parser: from 10.15 on a node with this attribute becomes the plugin of that namespace
-# where one is registered, and the local function where none is.
+# Read by TensorRT's ONNX parser: from 10.15 on, a node with this attribute becomes the plugin of that namespace if one
+# is registered, and otherwise the local function.
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "misf", "plugin_version": "1"}
 
 
 def register_schema() -> None:
-    """Make onnx know the op, so that onnx.checker and onnxscript accept it; does nothing the second time."""
+    """Register the op with onnx, so that onnx.checker and onnxscript accept it; further calls do nothing."""
     if defs.has(OP_TYPE, DOMAIN):
         return
     schema = defs.OpSchema
@@ -46,11 +46,11 @@ def register_schema() -> None:
 def function_body(kernel_size: int) -> FunctionProto:
     """Return the op as an ONNX function for one kernel size, any `share`, channels, height and width.
 
-    ONNX functions cannot loop over an attribute without an (slow) `Loop`, so the kernel_size**2 products are written
-    out; `attach_function` refuses models whose nodes disagree with it. Products are summed in float32. Constants are
-    tensors, since ONNX Runtime up to 1.23 forgets the shape of a `value_ints` inside a function. Pad names the borders
-    of all four sides: ONNX Runtime up to 1.32 moves a Pad with `axes` into its NHWC layout wrongly, which breaks 8-bit
-    models and the WebGPU provider.
+    ONNX functions cannot loop over an attribute without a (slow) `Loop`, so the kernel_size**2 products are written
+    out; `attach_function` refuses models whose nodes have different kernel sizes. Products are summed in float32.
+    Constants are tensors, because ONNX Runtime up to 1.23 loses the shape of a `value_ints` inside a function. Pad
+    lists the borders of all four dimensions, because ONNX Runtime up to 1.32 converts a Pad with `axes` to NHWC
+    wrongly, which breaks 8-bit models and the WebGPU provider.
     """
     area, half = kernel_size**2, kernel_size // 2
     lines = [
@@ -101,15 +101,16 @@ def filter_nodes(model: ModelProto) -> list[NodeProto]:
 
 
 def filter_names(count: int) -> list[str]:
-    """Return what the `count` filters of a network are called in our files, in the order in which they compute."""
+    """Return the names of a network's `count` filter nodes in our files, in execution order."""
     return ["feature_filter", "image_filter"] if count == 2 else ["filter"] * count
 
 
 def for_tensorrt(model: ModelProto, with_plugin: bool) -> bytes:
-    """Return the file as TensorRT's parser gets it, so that every version takes the same way.
+    """Return the serialized model for TensorRT's parser, prepared so that all versions treat it alike.
 
-    With the plugin the function body is dropped: before 10.7 a body wins over a plugin, later the other way round, and
-    without a body a plugin that is missing is an error. Without the plugin the body is put in place of its nodes.
+    With the plugin, the function body is dropped: before 10.7 a body takes precedence over a plugin, later a plugin
+    over a body, and without a body a missing plugin is an error. Without the plugin, the nodes are replaced by the
+    body.
     """
     if not with_plugin:
         return bytes(inliner.inline_local_functions(model).SerializeToString())
@@ -122,7 +123,7 @@ def for_tensorrt(model: ModelProto, with_plugin: bool) -> bytes:
 
 
 def attach_function(model: ModelProto) -> None:
-    """Give `model` the op's function body and its nodes TensorRT's plugin attributes, in place.
+    """Add the op's function body to `model`, and TensorRT's plugin attributes to its filter nodes, in place.
 
     Raises:
         ValueError: the model's filter nodes have different kernel sizes.
@@ -145,9 +146,9 @@ def attach_function(model: ModelProto) -> None:
 
 
 def one_node_model(channels: int, kernel_size: int, share: int, elem_type: int = TensorProto.FLOAT) -> ModelProto:
-    """Return a model of one filter: features N,C,H,W and taps N,M,H,W -> output N,C,H,W, all of `elem_type`.
+    """Return a model with one filter: features N,C,H,W and taps N,M,H,W -> output N,C,H,W, all of `elem_type`.
 
-    `misf-doctor` and the plugin's tests run it; runtime/checks/op_check.onnx is `one_node_model(8, 3, 4)`.
+    It is used by `misf-doctor` and the plugin's tests; runtime/checks/op_check.onnx is `one_node_model(8, 3, 4)`.
     """
     sizes = {"features": channels, "taps": channels * kernel_size**2 // share, "output": channels}
     values = [

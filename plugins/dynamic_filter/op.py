@@ -32,16 +32,16 @@ def dynamic_filter(features: Tensor, taps: Tensor, kernel_size: int = 3, share: 
     Args:
         features: N, C, H, W; float32, float16 or bfloat16 (float64 for gradient checks); NCHW or channels-last.
         taps: N, M, H, W with M = C * K * K / share; same dtype and device as `features`, any layout.
-            Under autocast the two may differ; both are then cast to the autocast dtype.
+            Under autocast the dtypes may differ; both are then cast to the autocast dtype.
         kernel_size: K, odd.
-        share: how many consecutive taps use one channel of `taps`; C * K * K must divide by it.
+        share: number of consecutive taps that use one channel of `taps`; must divide C * K * K.
 
     Returns:
         N, C, H, W, dtype and memory format of `features`.
 
     Raises:
-        ValueError: sizes that do not fit together; the message names the expected ones.
-        TypeError: dtypes that differ or are not supported.
+        ValueError: the sizes do not fit together; the message names the expected ones.
+        TypeError: the dtypes differ or are not supported.
 
     """
     device = features.device.type
@@ -127,9 +127,9 @@ def _like(result: Tensor, example: Tensor) -> Tensor:
 
 
 def _forward_reference(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
-    """Shift and accumulate on views of the unexpanded taps: no K*K copies of the features are ever made."""
+    """Shift and accumulate on views of the unexpanded taps, without K*K copies of the features."""
     dtype = _accumulation_dtype(features.dtype)
-    # Planes, whatever came: on CPUs shifted planes are an order of magnitude faster than strided channels.
+    # Always NCHW: on CPUs, shifted planes are an order of magnitude faster than strided channels.
     source, taps = features.to(dtype).contiguous(), taps.contiguous()
     output = torch.zeros_like(source)
     period = _period(kernel_size, share)
@@ -150,7 +150,7 @@ def _(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:  
 def _backward_reference(
     grad_output: Tensor, features: Tensor, taps: Tensor, kernel_size: int, share: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to features and taps; saves nothing but the op's own inputs."""
+    """Return the gradients of features and taps; only the op's inputs are saved for them."""
     dtype = _accumulation_dtype(features.dtype)
     grad_output, source, planes = grad_output.to(dtype).contiguous(), features.to(dtype).contiguous(), taps.contiguous()
     grad_features, grad_taps = torch.zeros_like(source), torch.zeros_like(planes, dtype=dtype)
@@ -192,10 +192,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# CUDA tensors go to Triton's kernels; what they do not take (float64, which only gradient checks use, and filters of
-# more than 256 products per group), or all without triton, stays with the reference.
-# A custom op, not torch.library.triton_op: torch.compile traces the latter's Triton kernels for CPU tensors too, and
-# fails where there is no GPU (tried with torch 2.13). Either is one node of one graph.
+# CUDA tensors go to the Triton kernels. Calls that these do not support (float64, which only gradient checks use, and
+# filters with more than 256 products per group) and, without triton, all calls go to the reference.
+# This is a custom op and not a torch.library.triton_op: torch.compile would trace the Triton kernels of the latter for
+# CPU tensors too, and fail without a GPU (tried with torch 2.13). Either way the op is a single node of the graph.
 
 
 @functools.cache
@@ -204,8 +204,8 @@ def _triton() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True
     warnings.warn(
-        "the dynamic filter runs in plain PyTorch on CUDA tensors, several times slower than its kernels: "
-        "triton is not installed: pip install triton (triton-windows on Windows)",
+        "triton is not installed, so the dynamic filter runs in plain PyTorch on CUDA tensors, which is several times "
+        "slower: pip install triton (triton-windows on Windows)",
         stacklevel=2,
     )
     return False

@@ -4,12 +4,12 @@ Computes op.py's formula, for any strides, with sums in float32. Needs the packa
 for Linux include. With TRITON_INTERPRET=1 the same code runs on a CPU, as in the tests.
 
 R consecutive taps use one channel of `taps`, so P = R / gcd(R, K*K) channels of features form a group that uses whole
-channels of taps. A program makes a tile of pixels and groups. For each pair it goes through the group's P*K*K products
-in the order of the taps. Every element is written by one program (the gradients gather): no atomics, and results do
-not change from run to run.
+channels of taps. A program computes a tile of pixels and groups. For each pair it goes through the group's P*K*K
+products in the order of the taps. Every element is written by one program (the gradients gather), so there are no
+atomics, and results do not change from run to run.
 """
 
-# triton reads the kernels' annotations: no `from __future__ import annotations` here.
+# There is no `from __future__ import annotations` here because triton reads the kernels' annotations.
 import functools
 import math
 from typing import Any
@@ -21,9 +21,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_PRODUCTS = 256
-"""P*K*K at most: the kernels are unrolled over them."""
+"""Maximum of P*K*K, over which the kernels are unrolled."""
 LARGE = 1 << 22
-"""Elements of features from which on block sizes are tuned; below that, the launch is most of the time."""
+"""Block sizes are tuned from this number of elements of features on; below it, the launch takes most of the time."""
 CONFIGS = [triton.Config({"block": block}, num_warps=4) for block in (128, 256, 512, 1024)]
 
 
@@ -31,7 +31,7 @@ CONFIGS = [triton.Config({"block": block}, num_warps=4) for block in (128, 256, 
 def _tile(groups, pixels, width, block: tl.constexpr, block_groups: tl.constexpr, index: tl.constexpr):
     """Return image, rows, columns and groups of this program's tile, and which of its pairs exist.
 
-    What is contiguous in memory comes last: groups where the tensors lie as N,H,W,C; else pixels, of one group.
+    The dimension that is contiguous in memory comes last: groups for N,H,W,C tensors, otherwise pixels of one group.
     """
     tiles = tl.cdiv(pixels, block // block_groups)
     group_tiles = tl.cdiv(groups, block_groups)
@@ -62,7 +62,7 @@ def _write(tensor, stride, channel, row, column, mask, value):
 
 @triton.jit
 def _neighbour(row, column, height, width, exists, t: tl.constexpr, kernel_size: tl.constexpr, sign: tl.constexpr):
-    """Return row and column of the pixel that tap `t` reads, or (sign -1) is used at, and whether it exists."""
+    """Return row and column of the pixel that tap `t` reads (or, for sign -1, that uses it), and whether it exists."""
     y = row + sign * (t // kernel_size - kernel_size // 2)
     x = column + sign * (t % kernel_size - kernel_size // 2)
     return y, x, exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -88,9 +88,9 @@ def misf_filter(
     block_groups: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Filter the features; or, with `gradient`, turn the gradient to the output into that to the features.
+    """Filter the features or, with `gradient`, compute the gradient of the features from that of the output.
 
-    The latter is a sum over the same products: those of the outputs around a feature, with the taps of their pixels.
+    The gradient is a similar sum, over the outputs around a feature with the taps of their pixels.
     """
     area: tl.constexpr = kernel_size * kernel_size
     image, row, column, group, exists = _tile(groups, pixels, width, block, block_groups, index)
@@ -135,7 +135,7 @@ def misf_filter_fours(
 ):
     """Like misf_filter, for groups of four channels adjacent in memory, which are read and written together.
 
-    What the four products at one place read twice of the taps, the compiler reads once.
+    The compiler merges repeated reads of taps by the four products at one position.
     """
     area: tl.constexpr = kernel_size * kernel_size
     image, row, column, group, exists = _tile(groups, pixels, width, block, block_groups, index)
@@ -176,12 +176,12 @@ def misf_grad_taps(
     kernel_size: tl.constexpr,
     share: tl.constexpr,
     period: tl.constexpr,
-    gradient: tl.constexpr,  # noqa: ARG001 - of course
+    gradient: tl.constexpr,  # noqa: ARG001 - always true here
     index: tl.constexpr,
     block_groups: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Sum, for each channel of taps, the R products that it is in; their order is that of the channels."""
+    """Sum the R products of each channel of taps, in the order of the feature channels."""
     area: tl.constexpr = kernel_size * kernel_size
     image, row, column, group, exists = _tile(groups, pixels, width, block, block_groups, index)
     grad_output += image * grad_output_stride[0]
@@ -217,13 +217,13 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _run(kernel, tensors: tuple[Tensor, Tensor, Tensor], kernel_size: int, share: int, *, gradient: bool) -> None:
-    """Launch a kernel on its three tensors, of which the first has the channels of the features."""
+    """Launch a kernel on three tensors, the first of which has the channels of the features."""
     n, channels, height, width = tensors[0].shape
     period = _period(kernel_size, share)
     groups = channels // period
     if tensors[2].numel() == 0:
         return
-    # Where channels are neighbours, a warp takes up to 32 groups of them; else one group at neighbouring pixels.
+    # If channels are adjacent in memory, a warp handles up to 32 groups of them; else one group at adjacent pixels.
     channels_last = tensors[2].stride(1) == 1 and tensors[2].stride(3) != 1
     block_groups = min(32, triton.next_power_of_2(groups)) if channels_last else 1
     if kernel is misf_filter and period == 4 and block_groups > 1:
@@ -249,7 +249,7 @@ def _run(kernel, tensors: tuple[Tensor, Tensor, Tensor], kernel_size: int, share
 
 
 def forward(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Tensor:
-    """Return the filtered features; arguments and result as in op.dynamic_filter, on a CUDA device."""
+    """Return the filtered features; arguments and result as for op.dynamic_filter, on a CUDA device."""
     output = torch.empty_like(features)
     _run(misf_filter, (features, taps, output), kernel_size, share, gradient=False)
     return output
@@ -258,7 +258,7 @@ def forward(features: Tensor, taps: Tensor, kernel_size: int, share: int) -> Ten
 def backward(
     grad_output: Tensor, features: Tensor, taps: Tensor, kernel_size: int, share: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients to features and taps, in their shapes, dtypes and memory formats."""
+    """Return the gradients of features and taps, in the shapes, dtypes and memory formats of these."""
     grad_features, grad_taps = torch.empty_like(features), torch.empty_like(taps)
     _run(misf_filter, (grad_output, taps, grad_features), kernel_size, share, gradient=True)
     _run(misf_grad_taps, (grad_output, features, grad_taps), kernel_size, share, gradient=True)
@@ -266,5 +266,5 @@ def backward(
 
 
 def serves(features: Tensor, kernel_size: int, share: int) -> bool:
-    """Return whether the kernels take such a call; the reference takes the rest."""
+    """Return whether the kernels support such a call; the reference handles the others."""
     return features.dtype in DTYPES and _period(kernel_size, share) * kernel_size**2 <= MOST_PRODUCTS

@@ -1,4 +1,4 @@
-"""What every misf command shares: options, logging to stderr, one line and the right exit code for a known failure.
+"""The features of every misf command: options, logging to stderr, one line and an exit code for a known failure.
 
     @command("misf-thing")
     @click.argument("model")
@@ -38,7 +38,7 @@ _subject: ContextVar[str] = ContextVar("subject", default="")
 
 
 def one_line(error: BaseException) -> str:
-    """Return an exception's message as one line: 'FILE: reason' for an OSError, never empty, cut where it rambles."""
+    """Return an exception's message as one line, 'FILE: reason' for an OSError; never empty, and cut if it is long."""
     if isinstance(error, FileNotFoundError) and error.strerror and not error.filename:
         text = "the working folder no longer exists: change to another"  # what os.getcwd raises
     elif isinstance(error, OSError) and error.strerror:
@@ -59,7 +59,7 @@ def misf_version() -> str:
 
 
 def print_json(document: object) -> None:
-    """Print the one JSON document of a command on stdout."""
+    """Print a command's JSON document on stdout."""
     click.echo(json.dumps(document, indent=2))
 
 
@@ -79,12 +79,12 @@ def log_about(subject: str) -> Iterator[None]:
 
 
 def current_subject() -> str:
-    """Return what lines begin with at the moment, for handlers of other kinds."""
+    """Return the current prefix of log lines, for other logging handlers."""
     return _subject.get()
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever sys.stderr is now, so that progress bars and test runners may replace it."""
+    """Writes to the current sys.stderr, which progress bars and test runners may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -94,9 +94,11 @@ class _StderrHandler(logging.Handler):
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:
-    """Send the log of misf to stderr: flags win over MISF_LOG_LEVEL, which wins over INFO.
+    """Send the log of misf to stderr, at the level of the flags, else of MISF_LOG_LEVEL, else INFO.
 
-    Raises ValueError for an unknown MISF_LOG_LEVEL.
+    Raises:
+        ValueError: MISF_LOG_LEVEL is not a log level.
+
     """
     level = "DEBUG" if verbose else "ERROR" if quiet else os.environ.get("MISF_LOG_LEVEL", "").upper() or "INFO"
     if level not in LOG_LEVELS:
@@ -109,7 +111,7 @@ def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:
 
 
 class Command(click.Command):
-    """A click command with -v, -q, --version and -h, whose known failures are one line on stderr and our exit code."""
+    """A click command with -v, -q, --version and -h that reports a known failure as one line and an exit code."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         settings.setdefault("context_settings", {}).setdefault("help_option_names", ["-h", "--help"])
@@ -128,9 +130,9 @@ class Command(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Return what the command's function returns, after setting up the log and OpenMP's threads."""
-        # Read when PyTorch is loaded, which is later. By default OpenMP's threads spin while they wait for each other:
-        # beside a busy process, or within a container's quota, that made misf-eval twenty times as slow.
+        """Set up logging and OpenMP, run the command's function and return its result."""
+        # PyTorch reads this when it is loaded, which is later. By default OpenMP threads spin while they wait for each
+        # other: next to a busy process, or within a container's quota, that made misf-eval twenty times slower.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         set_up_logging(ctx.params.pop("verbose"), ctx.params.pop("quiet"))
         return super().invoke(ctx)
@@ -160,13 +162,13 @@ class Command(click.Command):
 
 
 class HxW(click.ParamType):  # type: ignore[type-arg] # no generic before click 8.4
-    """A size as HxW, converted to (H, W); with_batch: HxW or NxHxW, converted to (N, H, W)."""
+    """A size HxW, converted to (H, W) or, using `with_batch`, a size HxW or NxHxW, converted to (N, H, W)."""
 
     def __init__(self, with_batch: bool = False) -> None:
         self.with_batch, self.name = with_batch, "[Nx]HxW" if with_batch else "HxW"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Return the sides as numbers; a usage error where they are none, or 0."""
+        """Return the sides as numbers; a usage error if one is not a number or is 0."""
         match = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,5})x(\d{1,5})", str(value))
         sides = tuple(int(side) for side in match.groups(default="1")) if match else (0,)
         if not match or not all(sides) or (match[1] and not self.with_batch):
@@ -177,7 +179,7 @@ class HxW(click.ParamType):  # type: ignore[type-arg] # no generic before click 
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], Command]:
-    """Return a decorator like click.command() that makes our Command."""
+    """Return a decorator like click.command() that makes a `Command`."""
     return click.command(name, cls=Command, **settings)
 
 
@@ -193,8 +195,8 @@ def _fail(line: str, code: int) -> NoReturn:
 
 
 def _prepare_streams() -> None:
-    """Make sure that stdout and stderr can be written to."""
-    # If stderr is closed, the next file opened would get number 2, and with it what libraries print there.
+    """Make sure that stdout and stderr are writable."""
+    # If stderr is closed, the next opened file would get descriptor 2 and receive what libraries print to stderr.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -207,7 +209,7 @@ def _prepare_streams() -> None:
 
 
 def _as_in_the_file_system(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return the bytes of a file name that stdout's encoding does not know: they are what another program needs."""
+    """Encode characters of a file name that stdout cannot encode as their original bytes, for other programs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     try:
@@ -217,7 +219,7 @@ def _as_in_the_file_system(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _terminate_by_exception() -> Any:
-    """Turn SIGTERM into SystemExit, so that temporary files are removed; return the handler that was set before."""
+    """Turn SIGTERM into SystemExit, so that temporary files are removed; return the previous handler."""
 
     def stop(_number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(128 + signal.SIGTERM)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 FAILURE = 1
-# 2: wrong usage; click's
+# 2 is click's code for wrong usage.
 ACCURACY = 3
 ENVIRONMENT = 4
 BATCH_FAILURES = 5
-"""Some files of a folder failed, the others are done."""
+"""Some files of a folder failed; the others are done."""
 INTERRUPTED = 130
-# 143: terminated; 128 and the signal's number
+# 143, which is 128 plus the number of SIGTERM, is terminated.
 
 
 class MisfError(Exception):
-    """A known failure: its message is one line that says what was expected, what came and what to do."""
+    """A known failure; the message is one line with what was expected, what came and what to do."""
 
     exit_code = FAILURE
 

@@ -12,18 +12,18 @@ from .errors import EnvironmentMismatch
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module can be imported; it is not loaded.
+    """Return whether a module can be imported, without importing it.
 
-    A folder without code does not count: uninstalling one of two packages that share a module leaves one behind.
+    A folder without code does not count: uninstalling one of two packages that share a module leaves such a folder.
     """
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
 
 
 def pip_install(extra: str) -> str:
-    """Return the command that adds an extra to this misf, from the folder that it was installed from if there is one.
+    """Return the command that adds an extra to this installation, from its source folder if it has one.
 
-    pip records that folder (PEP 610). The bare name would be looked up in a package index.
+    pip records that folder (PEP 610). With the bare name pip would search a package index.
     """
     try:
         recorded = json.loads(importlib.metadata.distribution("misf").read_text("direct_url.json") or "{}")
@@ -36,14 +36,14 @@ def pip_install(extra: str) -> str:
 
 
 def need(what: str, extra: str, *modules: str) -> None:
-    """Raise EnvironmentMismatch, which names the extra that brings it, unless every module is installed."""
+    """Raise EnvironmentMismatch, naming the extra to install, unless all modules are installed."""
     for module in modules:
         if not is_installed(module):
             raise EnvironmentMismatch(f"{what} needs {module}, which is not installed: {pip_install(extra)}")
 
 
 def need_onnx_runtime(what: str) -> None:
-    """Raise EnvironmentMismatch, which names the two extras that bring it, unless ONNX Runtime is installed."""
+    """Raise EnvironmentMismatch, naming the extras to choose from, unless ONNX Runtime is installed."""
     if not is_installed("onnxruntime"):
         raise EnvironmentMismatch(
             f"{what} needs onnxruntime, which is not installed: {pip_install('cpu')}, "

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writing of files: a target is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PREFIX = ".misf-"
-"""Of temporary files; 16 hexadecimal digits and the target's suffix follow."""
+"""Start of a temporary file's name; 16 hexadecimal digits and the target's suffix follow."""
 
 
 @contextlib.contextmanager
 def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, with the same suffix; move it onto `target` when the block succeeds.
+    """Yield a temporary path beside `target`, with the same suffix; move it to `target` when the block succeeds.
 
-    When the block fails, the temporary file is removed and an existing target is untouched. A symbolic link is
-    followed, the mode of an existing file is kept.
+    When the block fails, the temporary file is removed and an existing target stays as it was. Symbolic links are
+    followed, and the mode of an existing file is kept.
 
-    Raises OSError, always naming the target: no such folder, read-only, disk full; a target that is not a regular file.
+    Raises:
+        OSError: the target cannot be written (no such folder, read-only, disk full) or is not a regular file; the
+            message names the target.
+
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_file():
@@ -28,7 +31,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(f"cannot write {target}: it is {kind}")
     temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(8)}{path.suffix}")
     try:
-        # O_EXCL creates it with the user's umask, which tempfile.mkstemp would not.
+        # O_EXCL respects the user's umask, unlike tempfile.mkstemp.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         if path.exists():
@@ -42,7 +45,7 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left in a folder while they were in `written_whole`; nobody else may write there."""
+    """Remove temporary files that killed processes left in a folder. No other process may be writing there."""
     for path in Path(folder).glob(f"{_PREFIX}{'[0-9a-f]' * 16}*"):
         with contextlib.suppress(OSError):
             path.unlink()

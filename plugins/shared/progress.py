@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal; elsewhere, where a command wants it, a line a minute with the time left."""
+"""Progress on stderr: a bar on a terminal; elsewhere, if a command wants it, one line per minute with the time left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Step(Protocol):
 
 @contextlib.contextmanager
 def bar() -> Iterator[Any]:
-    """Yield a rich Progress on stderr, or None where stderr is no terminal or the user wants no progress."""
+    """Yield a rich Progress on stderr, or None if stderr is not a terminal or the user does not want progress."""
     if not wants_progress_bar():
         yield None
         return
@@ -33,7 +33,7 @@ def bar() -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    # Rich prints above its bar, and on stderr: right for a terminal, wrong for results that go into a pipe.
+    # Rich prints stdout above its bar, on stderr: right for a terminal, wrong for results that go into a pipe.
     redirect = sys.stdout.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=redirect) as shown:
         yield shown
@@ -41,13 +41,13 @@ def bar() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None, start: int = 0, lines: bool = False) -> Iterator[Step]:
-    """Yield a Step that moves a bar.
+    """Yield a Step that updates the progress.
 
     Args:
-        what: the parts' name, such as "pictures".
-        total: how many parts there are; None: said later, with a step.
-        start: how many were done before.
-        lines: write a line a minute where there is no bar.
+        what: the name of the parts, such as "pictures".
+        total: the number of parts; None if a later step gives it.
+        start: the number of parts that are already done.
+        lines: write a line per minute if there is no bar.
 
     """
     with bar() as shown:

@@ -149,7 +149,7 @@ def test_training_leaves_out_masks_that_are_broken_or_mark_no_hole(
     assert all(
         np.array_equal(MaskFolder(paths).mask(np.random.default_rng(seed), 6, 8), drawn[seed]) for seed in range(9)
     )
-    with pytest.raises(MisfError, match=r"none of 2 masks can be used, for one mask .*(broken|black)\.png"):
+    with pytest.raises(MisfError, match=r"none of 2 masks is usable: mask .*(broken|black)\.png"):
         MaskFolder(paths[::2]).mask(np.random.default_rng(0), 6, 8)
 
 

@@ -100,12 +100,12 @@ def wrong_files() -> dict[str, tuple[Any, str]]:
     return {
         "empty.pt": (b"", "is empty"),
         "text.pt": (b"weights go here", "not a PyTorch checkpoint"),
-        "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", "not a whole safetensors"),
+        "short.safetensors": (struct.pack("<Q", len(header)) + header + b"1234", "not a complete safetensors"),
         "no_config.safetensors": (
             struct.pack("<Q", len(header)) + header + bytes(36),
             "holds weights of another model",
         ),
-        "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", "not a whole safetensors"),
+        "huge_header.safetensors": (struct.pack("<Q", 1 << 60) + b"{", "not a complete safetensors"),
         "list.pt": ([1, 2], "holds a list"),
         "discriminator.pth": ({"discriminator": state}, "discriminator.*generator's file"),
         "missing.pth": ({"generator": less}, f"missing {first}"),
@@ -120,7 +120,7 @@ def wrong_files() -> dict[str, tuple[Any, str]]:
             {"format": "misf-1", "config": {"normalize": "no"}, "network": {}},
             "true or false",
         ),
-        "sparse.pth": ({"generator": {**state, first: torch.zeros(64, 4, 7, 7).to_sparse()}}, "no plain"),
+        "sparse.pth": ({"generator": {**state, first: torch.zeros(64, 4, 7, 7).to_sparse()}}, "not plain"),
         "two.pth": (
             {"state_dict": {f"{w}.{first}": state[first] for w in ("net", "ema")}},
             "2 networks.*ema",
@@ -219,5 +219,5 @@ def test_torchscript_is_told_as_what_it_is(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch gives TorchScript up
         torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "script.pt")
-    with pytest.raises(MisfError, match="is a TorchScript file, which is a program"):
+    with pytest.raises(MisfError, match="is a TorchScript program, expected weights"):
         load_checkpoint(tmp_path / "script.pt")

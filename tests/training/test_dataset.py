@@ -78,7 +78,7 @@ def test_lists(tree: Path, style: str) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b'["a.png", ', "broken at line 1"),
+        (b'["a.png", ', "a syntax error in line 1"),
         (b'{"train": ["a.png"]}', "JSON array of paths"),
         (b"[1, 2]", "JSON array of paths"),
         (b"[]", "empty"),

@@ -1,7 +1,7 @@
 """The classical methods that a network must beat: OpenCV's Telea and Navier-Stokes, scikit-image's biharmonic.
 
-Where a hole touches the picture's border, OpenCV takes a few values from under the hole; callers set those to 0. What
-one puts there changes the PSNR by less than 0.01 dB on average (tried: 0, the mean, the nearest known pixel, a border).
+Where a hole touches the border of the picture, OpenCV reads a few values inside the hole; callers set those to 0. The
+choice changes the PSNR by less than 0.01 dB on average (tried: 0, the mean, the nearest known pixel, a border).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Picture = NDArray[np.uint8]
 Fill = Callable[[Picture, NDArray[np.bool_]], NDArray[np.generic]]
 
-RADIUS = 3.0  # pixels, OpenCV's usual choice in its own examples
+RADIUS = 3.0  # in pixels, as in OpenCV's examples
 
 
 def telea(picture: Picture, hole: NDArray[np.bool_]) -> NDArray[np.generic]:
@@ -25,7 +25,7 @@ def telea(picture: Picture, hole: NDArray[np.bool_]) -> NDArray[np.generic]:
 
 
 def navier_stokes(picture: Picture, hole: NDArray[np.bool_]) -> NDArray[np.generic]:
-    """Return the picture uint8 H,W,3 filled along lines of equal light (Bertalmio et al. 2001)."""
+    """Return the picture uint8 H,W,3 filled along isophotes (Bertalmio et al. 2001)."""
     import cv2
 
     return cv2.inpaint(picture, hole.astype(np.uint8), RADIUS, cv2.INPAINT_NS)

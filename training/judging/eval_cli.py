@@ -1,4 +1,4 @@
-"""misf-eval: PSNR, SSIM, L1 and LPIPS of any model, and of the classical methods, per mask band."""
+"""misf-eval: PSNR, SSIM, L1 and LPIPS of any model and of the classical methods, per mask band."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--per-band",
     type=click.IntRange(min=1),
-    help="Number of pictures to measure, spread over the data.  [default: all]",
+    help="Number of pictures to measure, spread evenly over the data.  [default: all]",
 )
 @click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
 @click.option(
@@ -98,8 +98,8 @@ def main(
 ) -> int:
     """Measure how well models fill holes: each picture's centre crop, once per mask band (0-20, 20-40, 40-60 %).
 
-    The masks depend on --seed alone, so all models and all runs see the same ones. Pixels outside the hole are the
-    picture's own. Exit code 5: some pictures could not be read and were left out.
+    The masks depend only on --seed, so that all models and all runs see the same ones. Pixels outside the hole are
+    those of the picture. Exit code 5: some pictures could not be read and were skipped.
 
     \b
     Example:
@@ -196,7 +196,7 @@ def _print_table(methods: list[Method], with_lpips: bool) -> None:
 
     from ..mask_drawing import BANDS, band_name
 
-    table = Table(box=box.SIMPLE, caption="whole composite; 'in hole' counts the hole's pixels only")
+    table = Table(box=box.SIMPLE, caption="whole composite; 'in hole' counts only the pixels of the hole")
     for heading in ("hole", "method", "PSNR dB", "in hole", "SSIM", "L1 %", *(["LPIPS"] if with_lpips else []), "ms"):
         table.add_column(heading, justify="left" if heading in ("hole", "method") else "right")
     reports = [method.report() for method in methods]
@@ -215,4 +215,4 @@ def _print_table(methods: list[Method], with_lpips: bool) -> None:
                 first = f"{band} ({means['pictures']})" if number == 0 else ""
                 table.add_row(first, report["name"], *numbers, f"{report['median_fill_ms']:.1f}")
         table.add_section()
-    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a pipe has no width: names are not cut
+    Console(width=None if sys.stdout.isatty() else 120).print(table)  # wide enough for the names when piped

@@ -1,4 +1,4 @@
-"""Measuring any filling method on the same pictures and masks."""
+"""Measures any filling method on the same pictures and masks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ Picture = NDArray[np.uint8]
 Distance = Callable[[Picture, Picture], float]
 
 METRICS = (
-    "means over pictures, of the 8-bit composite: PSNR in dB; SSIM with a Gaussian window of sigma 1.5, mean over RGB; "
-    "L1 in percent of full range; hole PSNR over the hole's pixels only; LPIPS (AlexNet) where its weights were given"
+    "means over pictures, measured on the 8-bit composite: PSNR in dB; SSIM with a Gaussian window of sigma 1.5, "
+    "averaged over RGB; L1 in percent of the full range; hole PSNR over the pixels in the hole; LPIPS (AlexNet) if its "
+    "weights were given"
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture with one mask: `truth` uint8 size,size,3 and `hole` bool size,size."""
+    """One picture with one mask: `truth` uint8 size,size,3 RGB and `hole` bool size,size."""
 
     name: str
     band: Band
@@ -41,14 +42,18 @@ class Case:
 
     @property
     def damaged(self) -> Picture:
-        """The picture with its hole set to 0: what a method is given to see."""
+        """The picture with its hole set to 0, as the methods see it; uint8 size,size,3."""
         return np.where(self.hole[:, :, None], 0, self.truth).astype(np.uint8)
 
 
 def centre_crop(picture: Picture, size: int, resize: bool = False) -> Picture:
-    """Return the middle square uint8 size,size,3 at native pixels; of a smaller picture, its middle square enlarged.
+    """Return the middle square of a picture uint8 H,W,3 as uint8 size,size,3.
 
-    resize: the largest square in the middle, resized, instead.
+    Args:
+        picture: if a side is smaller than `size`, the largest middle square is enlarged.
+        size: side of the square in pixels.
+        resize: resize the largest middle square instead of cropping at native pixels.
+
     """
     side = min(picture.shape[:2]) if resize else min(size, *picture.shape[:2])
     top, left = ((length - side) // 2 for length in picture.shape[:2])
@@ -67,17 +72,17 @@ def cases(
     masks: MaskFolder | None = None,
     resize: bool = False,
 ) -> Iterator[Case]:
-    """Yield each good picture's centre crop once per band, with a mask of that band.
+    """Yield the centre crop of each picture once per band, with a mask of that band.
 
     Args:
-        pictures: those that cannot be decoded are left out (they are in `pictures.bad`).
+        pictures: those that cannot be decoded are skipped (they are in `pictures.bad`).
         size: side of the crops in pixels.
-        seed: the masks depend on the seed, the band and the picture's place in the list alone.
-        per_band: that many pictures, spread evenly over the list; None takes all.
-        masks: take them from here, in their order, grouped by their own area; None generates them.
-        resize: shrink the whole middle square to `size` instead of cutting it out at native pixels.
+        seed: the masks depend only on the seed, the band and the picture's position in the list.
+        per_band: number of pictures, spread evenly over the list; None uses all.
+        masks: a source of masks, used in their order and grouped by area; None generates masks. A band for which it has
+            no mask has no cases.
+        resize: shrink the whole middle square to `size` instead of cropping at native pixels.
 
-    A band for which `masks` has no mask has no cases.
     """
     chosen: Sequence[int] = range(len(pictures))
     if per_band is not None and per_band < len(chosen):
@@ -100,14 +105,14 @@ def cases(
 
 
 def names_of(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return what to call each file: its path below the folder that all of them share, with forward slashes."""
+    """Return a name for each file: its path below their common folder, with forward slashes."""
     full = {path: path.absolute() for path in paths}
     shared = os.path.commonpath([path.parent for path in full.values()])
     return {path: name.relative_to(shared).as_posix() for path, name in full.items()}
 
 
 def _grouped(masks: MaskFolder, size: int) -> dict[Band, list[int]]:
-    """Return the mask numbers of each band."""
+    """Return the mask indices of each band."""
     groups: dict[Band, list[int]] = {band: [] for band in BANDS}
     for index in range(len(masks)):
         band = band_of(masks.read(index, size, size))
@@ -118,7 +123,7 @@ def _grouped(masks: MaskFolder, size: int) -> dict[Band, list[int]]:
 
 @dataclass
 class Method:
-    """A way to fill holes, and what its pictures measured so far."""
+    """A way to fill holes, and its measurements so far."""
 
     name: str
     fill: Fill
@@ -129,9 +134,11 @@ class Method:
     fill_ms: list[float] = field(default_factory=list)
 
     def measure(self, case: Case, distance: Distance | None = None) -> Picture:
-        """Return the composite uint8 for `case`, after adding its metrics; `distance` adds lpips.
+        """Return the composite for `case`, uint8 size,size,3, and record its metrics; `distance` adds lpips.
 
-        Raises ValueError, naming the method and the picture, when the prediction is not finite.
+        Raises:
+            ValueError: the prediction is not finite; the message names the method and the picture.
+
         """
         start = time.perf_counter()
         filling = self.fill(case.damaged, case.hole)
@@ -148,7 +155,7 @@ class Method:
         return result
 
     def report(self) -> dict[str, Any]:
-        """Return name, place, time, and the means of all metrics per band and over all, ready for JSON."""
+        """Return name, backend, time, and the mean of each metric per band and overall, ready for JSON."""
         bands = {}
         for band in BANDS:
             rows = [row for row, (_, of) in zip(self.rows, self.labels, strict=True) if of == band]
@@ -162,7 +169,7 @@ class Method:
         }
 
     def details(self) -> list[dict[str, Any]]:
-        """Return one entry per picture and mask: picture, band and its metrics."""
+        """Return one entry per picture and mask: picture, band and metrics."""
         return [
             {"picture": name, "band": band_name(band), **row}
             for row, (name, band) in zip(self.rows, self.labels, strict=True)
@@ -176,12 +183,9 @@ def model_fill(
     device: str | None = None,
     precision: str = "auto",
 ) -> tuple[Fill, str]:
-    """Return a model file as a filling method, and where it runs: 'onnxruntime cpu fp32'.
+    """Return a model file as a filling method, and where it runs, such as 'onnxruntime cpu fp32'.
 
-    Args:
-        path: whatever the runtime opens: a checkpoint, .onnx...
-        backend, device, precision: as `misf.runtime.backends.open_backend` takes them.
-
+    Arguments and errors are those of `misf.runtime.backends.open_backend`.
     """
     from ...runtime.backends import open_backend
 
@@ -198,7 +202,7 @@ def model_fill(
 def evaluate(
     methods: Sequence[Method], measured: Iterable[Case], distance: Distance | None = None
 ) -> Iterator[tuple[Case, list[Picture]]]:
-    """Measure every method on every case; yield each case with the methods' composites, in the methods' order."""
+    """Measure every method on every case; yield each case with its composites in the order of `methods`."""
     for case in measured:
         yield case, [method.measure(case, distance) for method in methods]
 
@@ -206,14 +210,15 @@ def evaluate(
 def document(
     methods: Sequence[Method], data: str, pictures: Pictures, settings: dict[str, Any], *, details: bool
 ) -> dict[str, Any]:
-    """Return everything that was measured, ready for JSON: what on, how, and each method's means; no whole paths.
+    """Return the data, the settings and the results of each method, ready for JSON, without absolute paths.
 
     Args:
-        methods: after their measuring.
+        methods: the methods, after `evaluate`.
         data: the name of the pictures' folder or list.
-        pictures: what was measured on.
+        pictures: the pictures of the evaluation.
         settings: size, seed and so on, as given.
-        details: with one entry per method, picture and mask.
+        details: also include one entry per method, picture and mask.
+
     """
     reports = []
     names = names_of(pictures.paths)

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al., CVPR 2018, version 0.1) on AlexNet, for those who have its backbone's weights.
+"""LPIPS (Zhang et al., CVPR 2018, version 0.1) on AlexNet, whose weights the user has to provide.
 
 The backbone is torchvision's `alexnet-owt-7be5be79.pth`, read from a path; the linear heads come with torchmetrics.
 """
@@ -19,11 +19,11 @@ from ...plugins.shared.extras import need
 from ...plugins.shared.files import sha256
 
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
-BACKBONE_DIGEST = "7be5be79"  # how the file's SHA-256 starts: torchvision writes it into the name
+BACKBONE_DIGEST = "7be5be79"  # start of the file's SHA-256, as in torchvision's name for it
 
-# in channels, out channels, filter size, stride, padding; max-pool 3/2 before the second and the third
+# input channels, output channels, kernel size, stride, padding; max-pool 3/2 before the second and the third
 _CONVOLUTIONS = ((3, 64, 11, 4, 2), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1))
-_KEYS = (0, 3, 6, 8, 10)  # their places in torchvision's `features`
+_KEYS = (0, 3, 6, 8, 10)  # their indices in torchvision's `features`
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
@@ -63,7 +63,10 @@ def _unit(x: Tensor) -> Tensor:
 def load_lpips(path: str | os.PathLike[str]) -> Lpips:
     """Return LPIPS with torchvision's AlexNet weights from `path`.
 
-    Raises MisfError when the file is not torchvision's, by digest, and what `published_heads` raises.
+    Raises:
+        MisfError: the file's digest is not that of torchvision's file, or torchmetrics lacks the heads.
+        EnvironmentMismatch: torchmetrics is not installed.
+
     """
     digest = sha256(path)
     if not digest.startswith(BACKBONE_DIGEST):
@@ -75,9 +78,14 @@ def load_lpips(path: str | os.PathLike[str]) -> Lpips:
 
 
 def published_heads() -> list[Tensor]:
-    """Return the five linear heads of LPIPS 0.1 for AlexNet, from a file of torchmetrics, whose code is not run.
+    """Return the five linear heads of LPIPS 0.1 for AlexNet, each 1,C,1,1, from a file in torchmetrics.
 
-    Raises EnvironmentMismatch where torchmetrics is not installed, MisfError where it has no such file.
+    torchmetrics itself is not imported.
+
+    Raises:
+        EnvironmentMismatch: torchmetrics is not installed.
+        MisfError: torchmetrics has no such file.
+
     """
     need("LPIPS", "lpips", "torchmetrics")
     package = distribution("torchmetrics")

@@ -1,6 +1,6 @@
-"""How near a filled picture comes to the true one. PSNR and SSIM are scikit-image's; all are taken on the composite.
+"""How close a filled picture is to the true one. PSNR and SSIM are scikit-image's; all metrics use the composite.
 
-Pictures are compared as uint8, as a file would hold them, so that every method is measured alike.
+Pictures are compared as uint8, as in a file, so that all methods are measured alike.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
 
-PSNR_LIMIT_DB = 100.0  # stands for identical pictures, so that means stay finite
-SMALLEST_SIDE = 11  # SSIM's window
+PSNR_LIMIT_DB = 100.0  # the value for identical pictures, so that means stay finite
+SMALLEST_SIDE = 11  # size of SSIM's window
 
 
 def paste(picture: Picture, filling: NDArray[np.generic], hole: NDArray[np.bool_]) -> Picture:
-    """Return the composite uint8 H,W,3: `filling` inside the hole, elsewhere the picture, untouched.
+    """Return the composite uint8 H,W,3: `filling` inside the hole, and exactly the picture elsewhere.
 
     Args:
         picture: uint8 H,W,3.
         filling: H,W,3, uint8, or float in [0,1], which is clipped and rounded.
         hole: bool H,W.
 
-    Raises ValueError when a float filling is not finite inside the hole.
+    Raises:
+        ValueError: a float filling is not finite inside the hole.
+
     """
     if filling.dtype != np.uint8:
         values = filling.astype(np.float64)
@@ -35,7 +37,7 @@ def paste(picture: Picture, filling: NDArray[np.generic], hole: NDArray[np.bool_
 
 
 def psnr_db(truth: Picture, result: Picture, hole: NDArray[np.bool_] | None = None) -> float:
-    """Return the peak signal-to-noise ratio in dB (peak 255), over the picture or, given `hole`, inside it only."""
+    """Return the PSNR in dB (peak 255, at most 100) of uint8 H,W,3 pictures; given `hole` bool H,W, inside it only."""
     from skimage.metrics import peak_signal_noise_ratio
 
     if hole is not None:
@@ -47,7 +49,7 @@ def psnr_db(truth: Picture, result: Picture, hole: NDArray[np.bool_] | None = No
 
 
 def ssim(truth: Picture, result: Picture) -> float:
-    """Return the structural similarity as Wang et al. (2004) define it: Gaussian window, sigma 1.5; mean over RGB."""
+    """Return the SSIM of uint8 H,W,3 pictures as in Wang et al. (2004): Gaussian window, sigma 1.5; mean over RGB."""
     from skimage.metrics import structural_similarity
 
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -55,7 +57,7 @@ def ssim(truth: Picture, result: Picture) -> float:
 
 
 def l1_percent(truth: Picture, result: Picture) -> float:
-    """Return the mean absolute error over the picture, in percent of the full range."""
+    """Return the mean absolute error of uint8 H,W,3 pictures in percent of the full range."""
     return float(np.abs(truth.astype(np.int16) - result.astype(np.int16)).mean() / 2.55)
 
 
@@ -66,6 +68,7 @@ def compare(truth: Picture, result: Picture, hole: NDArray[np.bool_]) -> dict[st
         truth: the whole picture, uint8 H,W,3, H and W at least 11.
         result: the composite, uint8 H,W,3.
         hole: bool H,W with at least one True.
+
     """
     return {
         "psnr_db": psnr_db(truth, result),
@@ -76,6 +79,6 @@ def compare(truth: Picture, result: Picture, hole: NDArray[np.bool_]) -> dict[st
 
 
 def mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over the pictures; empty for no pictures."""
+    """Return the mean of each metric over the pictures; empty if there are none."""
     rows = list(rows)
     return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else {})}

@@ -31,7 +31,7 @@ FORMAT = "misf-1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds: the config, the weights (float32, on the CPU) and where they come from."""
+    """The contents of a checkpoint file; the weights are float32 on the CPU."""
 
     config: NetworkConfig
     weights: dict[str, Tensor]
@@ -39,20 +39,20 @@ class Checkpoint:
     sha256: str
     path: Path
     recipe: str = ""
-    """The `Recipe` that the weights were trained by, as JSON; "" where the file does not say."""
+    """The `Recipe` that the weights were trained with, as JSON; "" if the file does not say."""
 
 
 def load_model(path: str | os.PathLike[str], *, config: NetworkConfig | None = None) -> InpaintingNetwork:
     """Return the network of a checkpoint in eval mode, on the CPU, in float32: (image, mask) -> prediction.
 
     Args:
-        path: .safetensors, .pt or .pth: misf's own, the official generator's, or weights alone; or the name of a
-            network that comes with misf, such as "misf-small".
-        config: the network of a file of weights alone, where its shapes are not those of a preset.
+        path: a .safetensors, .pt or .pth file from misf or of the official generator, or with weights alone; or the
+            name of a network that comes with misf, such as "misf-small".
+        config: the network of a file with weights alone; needed if no preset has the same names and shapes.
 
     Raises:
         MisfError: the file is not such a checkpoint; the message says what it is instead.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
 
     """
     return build_model(load_checkpoint(path, config=config))
@@ -69,7 +69,10 @@ def build_model(checkpoint: Checkpoint) -> InpaintingNetwork:
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, config: NetworkConfig | None = None) -> Checkpoint:
-    """Return the contents of a checkpoint file, every name and shape checked; arguments and errors as `load_model`."""
+    """Return the contents of a checkpoint file, with all names and shapes checked.
+
+    Arguments and errors are those of `load_model`.
+    """
     path = shipped_checkpoint(path)
     if path.is_dir():
         raise MisfError(f"{path} is a folder, expected a checkpoint file (.safetensors, .pt or .pth)")
@@ -97,15 +100,15 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float32,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights and config to `path`, .safetensors or .pt, whole or not at all.
+    """Write weights and config to `path`, .safetensors or .pt, atomically.
 
     Args:
         path: an existing file is replaced only once the new one is complete.
         config: the network that the weights belong to.
         weights: the network's state_dict.
-        iteration: training steps behind the weights.
-        dtype: what the tensors are stored as; float16 halves the file.
-        notes: further strings kept in a safetensors file's metadata, for people to read.
+        iteration: number of training steps that the weights have seen.
+        dtype: the dtype in the file; float16 halves its size.
+        notes: further strings for the metadata of a safetensors file, for people to read.
 
     """
     path = Path(path)
@@ -122,7 +125,7 @@ def save_checkpoint(
 
 
 def _is_safetensors(path: Path) -> bool:
-    """A safetensors file begins with the length of its JSON header, 8 bytes, and the header's brace."""
+    """Return whether this is a safetensors file: 8 bytes with the length of a JSON header, then the header's brace."""
     with path.open("rb") as file:
         start = file.read(9)
     return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
@@ -137,34 +140,34 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise MisfError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from error
+        raise MisfError(f"{path} is not a complete safetensors file ({error}): copy or download it again") from error
     if "config" not in metadata:
         return weights
     return {**metadata, "format": FORMAT, "network": weights}
 
 
 def _own_config(path: Path, saved: object) -> NetworkConfig:
-    """Return the config that a checkpoint of ours holds: JSON in a safetensors file, a dict in a .pt file."""
+    """Return the config in a checkpoint of ours, which is JSON in a safetensors file and a dict in a .pt file."""
     try:
         return NetworkConfig.from_json(saved if isinstance(saved, str) else json.dumps(saved))
     except TypeError as error:
-        raise MisfError(f"{path} has a config that is not plain numbers and names: {error}") from error
+        raise MisfError(f"{path} has a config with values other than plain numbers and names: {error}") from error
     except (ValueError, RecursionError) as error:
         raise MisfError(f"{path}: {error}") from error
 
 
 def _iteration(value: object) -> int:
-    """Return the number of training steps that a file gives, or 0 if it is not a number."""
+    """Return a file's number of training steps, or 0 if it is not a number."""
     if isinstance(value, str) and value.isdecimal() and len(value) < 16:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 class _Ignored:
-    """Stands for every class of IGNORED_MODULES: its objects become empty dicts, and nothing of theirs is run."""
+    """Replaces every class of IGNORED_MODULES: its objects become empty dicts, and none of its code runs."""
 
     def __new__(cls, *_: object, **__: object) -> OrderedDict[object, object]:  # type: ignore[misc]
-        return OrderedDict()  # the only type that torch.load fills however an object was pickled
+        return OrderedDict()  # the only type that torch.load can fill in every way of pickling an object
 
 
 IGNORED_MODULES = (
@@ -178,28 +181,28 @@ IGNORED_MODULES = (
     "easydict",
     "typing",
 )
-"""Where trainers take the classes of the settings that they save beside the weights. Their objects are left out."""
+"""Modules whose objects training programs save beside the weights as settings. These objects are ignored."""
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
-    """Return a .pt or .pth file's dict, read without ever running code from it."""
+    """Return the dict in a .pt or .pth file; no code from the file runs."""
     damaged = f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again"
     try:
-        with warnings.catch_warnings():  # of pickle protocols; what matters is raised
+        with warnings.catch_warnings():  # about pickle protocols; real problems raise
             warnings.simplefilter("ignore")
             with torch.serialization.safe_globals(_ignored_classes(path)):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error) or "GLOBAL" in str(error):
             raise MisfError(
-                f"{path} holds pickled Python objects, which could run code when loaded, so it is refused: where it "
-                "was made, save the weights alone, torch.save(network.state_dict(), FILE)"
+                f"{path} holds pickled Python objects, which could run code when loaded, so it is refused: save only "
+                "the weights where it was made, torch.save(network.state_dict(), FILE)"
             ) from error
         raise MisfError(damaged) from error
     except RuntimeError as error:
         if "TorchScript" in str(error):
             raise MisfError(
-                f"{path} is a TorchScript file, which is a program; save its weights: "
+                f"{path} is a TorchScript program, expected weights; save those: "
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
             ) from error
         raise MisfError(damaged) from error
@@ -213,22 +216,22 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _ignored_classes(path: Path) -> list[Any]:
-    """Return `_Ignored` under the name of every class in the file that is from IGNORED_MODULES."""
+    """Return pairs of `_Ignored` and the name of a class, for every class in the file from IGNORED_MODULES."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # whatever is wrong with the file, loading it says so better
+    except Exception:  # loading the file gives a better message, whatever is wrong with it
         return []
     return [(_Ignored, name) for name in names if name.split(".")[0] in IGNORED_MODULES]
 
 
 WRAPPERS = ("generator", "state_dict", "model_state_dict", "model", "params_ema", "params", "network", "weights")
-"""The keys under which training programs put the weights."""
+"""Keys under which training programs save the weights."""
 
 
 def _interpret(
     path: Path, content: dict[str, Any], config: NetworkConfig | None
 ) -> tuple[NetworkConfig, dict[str, Tensor]]:
-    """Tell the layouts apart: ours, the official generator's, weights alone, and the usual mistakes."""
+    """Return config and weights from a file's contents: ours, the official generator's, or weights alone."""
     if content.get("format") == FORMAT and isinstance(content.get("network"), dict):
         own = _own_config(path, content.get("config"))
         if config not in (None, own):
@@ -239,13 +242,13 @@ def _interpret(
     state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not all(isinstance(value, Tensor) for value in state.values()) or not state:
         keys = ", ".join(map(str, list(content)[:4]))
-        raise MisfError(f"{path} holds no weights that misf knows (its keys: {keys}): expected a misf checkpoint")
-    # torch.compile puts a word into the names of what it compiled.
+        raise MisfError(f"{path} holds no weights that misf recognises (keys: {keys}): expected a misf checkpoint")
+    # torch.compile inserts this into the names of compiled modules.
     state = {str(name).replace("_orig_mod.", ""): value for name, value in state.items()}
     if official := _one_network(path, state, OFFICIAL_MARKS):
         log.info("%s is a generator of the official MISF repository", path.name)
         if config not in (None, NetworkConfig()):
-            raise MisfError(f"{path} is an official generator, whose config is that of misf: leave out --config")
+            raise MisfError(f"{path} is an official generator, whose config is always misf: leave out --config")
         return NetworkConfig(), _from_official(path, official)
     weights = _one_network(path, state, OWN_MARKS)
     if not weights:
@@ -261,26 +264,26 @@ OWN_MARKS = ("prediction.feature_taps.weight", "stem.weight")
 
 
 def _one_network(path: Path, state: Mapping[str, Tensor], marks: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return the weights beside one named as in `marks`, without what stands before their names; {} without any.
+    """Return the weights that share a prefix with one named as in `marks`, without that prefix; {} if there is none.
 
-    DataParallel puts "module." there, and Lightning the attribute that holds the network; its other attributes, such as
-    a discriminator, are left out.
+    DataParallel prefixes names with "module.", Lightning with the attribute that holds the network. Weights with other
+    prefixes, such as a discriminator's, are dropped.
     """
     found = ([name.removesuffix(mark) for name in state if f".{name}".endswith(f".{mark}")] for mark in marks)
     prefixes = next(filter(None, found), [])
     if len(prefixes) > 1:
-        raise MisfError(f"{path} holds {len(prefixes)} networks ({_some(prefixes)}): save the weights of one alone")
+        raise MisfError(f"{path} holds {len(prefixes)} networks ({_some(prefixes)}): save the weights of just one")
     if not prefixes:
         return {}
     return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
 
 
 def _preset_of(path: Path, weights: Mapping[str, Tensor]) -> NetworkConfig:
-    """Return the config of the preset whose names and shapes these weights have."""
+    """Return the config of the preset that has the names and shapes of these weights."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name, config in PRESETS.items():
         if shapes == {key: tuple(shape) for key, shape in _expected_shapes(config).items()}:
-            log.info("%s holds no config and fits the preset %s", path.name, name)
+            log.info("%s holds no config, but its weights fit the preset %s", path.name, name)
             return config
     raise MisfError(
         f"{path} holds weights without their network's config (such as {_some(list(weights), 3)}), and no preset fits: "
@@ -308,7 +311,7 @@ def official_names(config: NetworkConfig) -> dict[str, str]:
 
 
 OFFICIAL_UNUSED = {"kpn_model.conv_final.weight": (3, 12, 3, 3), "kpn_model.conv_final.bias": (3,)}
-"""In every official checkpoint, used by no layer of the official forward pass."""
+"""Weights in every official checkpoint that the official forward pass does not use."""
 
 
 def _from_official(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -331,7 +334,7 @@ def _expected_shapes(config: NetworkConfig) -> dict[str, torch.Size]:
 
 def _check_weights(path: Path, config: NetworkConfig, weights: dict[str, Any]) -> None:
     if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise MisfError(f"{path} holds values that are not tensors among its weights: expected tensors only")
+        raise MisfError(f"{path} holds other values than tensors among its weights: expected tensors only")
     _compare(path, weights, {name: tuple(shape) for name, shape in _expected_shapes(config).items()})
     strange = [
         name
@@ -339,11 +342,11 @@ def _check_weights(path: Path, config: NetworkConfig, weights: dict[str, Any]) -
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu"
     ]
     if strange:
-        raise MisfError(f"{path} holds weights that are no plain floating-point tensors: {_some(strange)}")
+        raise MisfError(f"{path} holds weights that are not plain floating-point tensors: {_some(strange)}")
 
 
 def _compare(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one error that lists what is missing, extra or misshapen."""
+    """Raise one MisfError that lists missing and unexpected weights and wrong shapes, if there are any."""
     faults = []
     if missing := [name for name in expected if name not in weights]:
         faults.append(f"missing {_some(missing)}")

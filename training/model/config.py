@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 MULTIPLE = 4
-"""Two strided convolutions: height and width where the layers work are multiples of this."""
+"""The network halves the resolution twice, so that the layers need heights and widths that are multiples of this."""
 
 FILL_MULTIPLE = 16
 """The widest scales of the smooth fill work at a sixteenth of the resolution."""
@@ -17,48 +17,52 @@ class NetworkConfig:
     """Sizes and wiring of an `InpaintingNetwork`; the defaults are the published model's.
 
     The paper's ablations (arXiv 2203.06304, table 4) are settings of `feature_filter_level` and `image_filter`.
+
+    Raises:
+        ValueError: a size is out of its range or does not fit the others; the message names it.
+
     """
 
     width: int = 64
-    """Channels at full resolution of the filtering branch; doubled at 1/2 and again at 1/4."""
+    """Channels of the filtering branch at full resolution; doubled at 1/2 and again at 1/4."""
     prediction_width: int = 64
-    """Channels at full resolution of the branch that predicts the taps; x2, x4, x8 further down."""
+    """Channels of the prediction branch at full resolution; x2, x4, x8 at the lower ones."""
     prediction_convs: int = 3
     """3x3 convolutions per block of the prediction branch."""
     residual_dilations: tuple[int, ...] = (2,) * 8
-    """One residual block each; the dilation of its first convolution."""
+    """One entry per residual block: the dilation of its first convolution."""
     kernel_size: int = 3
-    """K of both dynamic filters."""
+    """Side K of the K x K taps of both dynamic filters."""
     share: int = 4
-    """Consecutive taps of the feature filter that use one predicted channel; the image filter always uses 1."""
+    """Number of consecutive taps of the feature filter that share one predicted channel; 1 in the image filter."""
     feature_filter_level: int = 3
-    """Where features are filtered: 1 full resolution, 2 half, 3 quarter (the published model); 0 nowhere."""
+    """Resolution at which features are filtered: 1 full, 2 half, 3 quarter (the published model); 0 for no filter."""
     image_filter: bool = True
     """Whether the three output channels are filtered."""
     normalize: bool = True
-    """Whether the filtering branch has instance norms. Without them a pixel's answer depends on its surroundings only,
-    not on the statistics of the whole picture, and small crops train what large pictures need."""
+    """Whether the filtering branch has instance norms. Without them a pixel depends only on its surroundings, not on
+    the statistics of the whole picture, so that training on small crops carries over to large pictures."""
     fill_first: bool = False
-    """Whether holes first get a smooth estimate from their surroundings, to which the network adds what it is missing.
-    Starts training at the level of the classical methods: for networks that cannot be trained for days."""
+    """Whether holes are first filled smoothly from their surroundings, and the network predicts the difference.
+    Training then starts at the level of the classical methods, which helps networks that are not trained for days."""
     scale: int = 1
-    """The layers work at 1/scale of the resolution, where a picture costs scale^2 less, and correct the smooth fill."""
+    """The layers work at 1/scale of the resolution, at 1/scale^2 of the cost, and correct the smooth fill."""
 
     detail: int = 0
-    """Channels at full resolution of the head that adds detail there (`network.Detail`); 0: no head."""
+    """Channels at full resolution of the head that adds detail (`network.Detail`); 0 for no head."""
 
     working_size: int = 256
-    """Side in pixels of the square that the network fills best: the runtime shows it about that much at a time. It was
-    trained at about this size, or, without instance norms, fills as well at this as at the size it was trained at."""
+    """Side in pixels of the squares that the runtime gives to the network: about the size it was trained at or, without
+    instance norms, a size at which it fills equally well."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
         integers = [self.width, self.prediction_width, self.prediction_convs, self.share, *self.residual_dilations]
         integers += [self.kernel_size, self.scale, self.feature_filter_level, self.detail]
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in [*integers, self.working_size]):
-            raise ValueError(f"NetworkConfig takes whole numbers, got {self}")
+            raise ValueError(f"NetworkConfig expects whole numbers, got {self}")
         if not all(isinstance(value, bool) for value in (self.image_filter, self.normalize, self.fill_first)):
-            raise ValueError(f"image_filter, normalize and fill_first are true or false, got {self}")
+            raise ValueError(f"image_filter, normalize and fill_first must be true or false, got {self}")
         if min(integers[:-2]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
             raise ValueError(f"NetworkConfig sizes must be within 1..1024 (64 residual blocks), got {self}")
         if self.kernel_size % 2 == 0 or self.kernel_size > 15:
@@ -79,27 +83,27 @@ class NetworkConfig:
 
     @property
     def filtered_channels(self) -> int:
-        """Channels of the filtered feature map."""
+        """Number of channels of the filtered feature map."""
         return self.width << max(self.feature_filter_level - 1, 0)
 
     @property
     def feature_taps(self) -> int:
-        """Channels of the feature filter's taps: 576 for the published model."""
+        """Number of channels of the feature filter's taps; 576 in the published model."""
         return self.filtered_channels * self.kernel_size**2 // self.share
 
     @property
     def prediction_levels(self) -> int:
-        """How far down the prediction branch goes: 4 (with a decoder) for the image filter, else as far as needed."""
+        """Number of resolutions of the prediction branch: 4 (with a decoder) for the image filter, else as needed."""
         return 4 if self.image_filter else self.feature_filter_level
 
     @property
     def multiple(self) -> int:
-        """Height and width inside the network are multiples of this."""
+        """Height and width inside the network must be multiples of this."""
         return max(MULTIPLE * self.scale, FILL_MULTIPLE if self.fill_first else 1)
 
     @property
     def minimum_side(self) -> int:
-        """Smallest height and width inside the network: reflection needs more pixels than it pads."""
+        """Smallest height and width inside the network: reflection padding needs more pixels than it adds."""
         smallest = MULTIPLE * self.scale * (max(self.residual_dilations, default=1) + 1)
         return -(-smallest // self.multiple) * self.multiple
 

@@ -1,8 +1,8 @@
 """The MISF generator (Li et al., CVPR 2022, arXiv 2203.06304): picture and mask in, predicted picture out.
 
-Two branches. The filtering branch encodes the picture, filters its features with taps of their own for every pixel,
-passes them through residual blocks, decodes, and filters the resulting picture once more. The prediction branch
-makes both sets of taps, looking at the filtering branch's features on its way (the paper's interactive link).
+It has two branches. The filtering branch encodes the picture, filters its features with separate taps for every pixel,
+passes them through residual blocks, decodes them, and filters the resulting picture once more. The prediction branch
+predicts the taps of both filters, and uses the filtering branch's features to do so (the paper's interactive link).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .smooth_fill import (
 
 
 class InstanceNorm(nn.Module):
-    """Instance norm without weights and running statistics."""
+    """Instance norm without weights or running statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W, every channel of every picture with mean 0 and variance 1."""
@@ -41,10 +41,10 @@ class InstanceNorm(nn.Module):
 def norm_in_layout(x: Tensor) -> Tensor:
     """Return the instance norm of N,C,H,W in the dtype and memory layout of x, without gradients.
 
-    F.instance_norm copies channels-last to NCHW, and the next convolution copies it back. Sums are in float32; for
-    16-bit data the difference of moments loses less than the data's own rounding.
+    F.instance_norm copies channels-last to NCHW, and the next convolution copies it back. Sums are float32; for 16-bit
+    data the error of E[x^2] - E[x]^2 is smaller than the rounding of the data.
     """
-    if len(x) == 1:  # then it is batch norm, which keeps the layout in two kernels
+    if len(x) == 1:  # equal to batch norm, which keeps the layout and takes two kernels
         return F.batch_norm(x, None, None, training=True)
     if x.dtype == torch.float32:
         variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
@@ -75,8 +75,8 @@ class ResidualBlock(nn.Module):
 
 
 LEAK = 0.2
-"""Negative slope of the leaky ReLUs in networks with a detail head. With ReLU their layers died: the first thing that
-training learns about a smooth fill is that noise on it is bad."""
+"""Negative slope of the leaky ReLUs in networks with a detail head. With plain ReLUs their layers died, because
+training first learns that noise on a smooth fill is bad."""
 
 
 def _rectified(x: Tensor, slope: float) -> Tensor:
@@ -84,7 +84,7 @@ def _rectified(x: Tensor, slope: float) -> Tensor:
 
 
 class ConvBlock(nn.Sequential):
-    """`count` zero-padded 3x3 convolutions with ReLU and no norm."""
+    """`count` zero-padded 3x3 convolutions with ReLU, without a norm."""
 
     def __init__(self, in_channels: int, out_channels: int, count: int) -> None:
         layers: list[nn.Module] = []
@@ -95,7 +95,7 @@ class ConvBlock(nn.Sequential):
 
 
 class JoiningBlock(ConvBlock):
-    """A `ConvBlock` on the channels of two feature maps; the second is enlarged `factor` times to fit the first."""
+    """A `ConvBlock` on two concatenated feature maps; the second is enlarged `factor` times to match the first."""
 
     def __init__(self, in_channels: int, out_channels: int, count: int, factor: int) -> None:
         super().__init__(in_channels, out_channels, count)
@@ -110,7 +110,7 @@ class JoiningBlock(ConvBlock):
 
 
 class PredictionBranch(nn.Module):
-    """Layers that predict the taps of both filters: a U-Net without norm, cut to what the config's filters need."""
+    """Predicts the taps of both filters: a U-Net without norms, with only the layers that the config's filters need."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -128,14 +128,14 @@ class PredictionBranch(nn.Module):
             self.image_taps = nn.Conv2d(width, 3 * config.kernel_size**2, 1)
 
     def image_filter_taps(self, full: Tensor, half: Tensor, quarter: Tensor) -> Tensor:
-        """Return the image filter's taps N,3*K*K,H,W from what the branch saw at the three resolutions."""
+        """Return the image filter's taps N,3*K*K,H,W from the branch's features at the three resolutions."""
         x = self.up3(quarter, self.down[3](quarter))
         taps: Tensor = self.image_taps(self.up1(full, self.up2(half, x)))
         return taps
 
 
 class InpaintingNetwork(nn.Module):
-    """The generator. `forward` takes any size; `predict` is the bare network that the exporter traces."""
+    """The generator. `forward` accepts pictures of any size; `predict` is the bare network that the exporter traces."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -164,10 +164,10 @@ class InpaintingNetwork(nn.Module):
         """Return the predicted picture, float32 N,3,H,W in [0,1], of any height and width.
 
         Args:
-            image: N,3,H,W float32 RGB in [0,1]; what is under the mask is never read.
-            mask: N,1,H,W float32, 1 = hole; values above 0.5 count as hole.
+            image: N,3,H,W float32 RGB in [0,1]; pixels in the hole are never read.
+            mask: N,1,H,W float32; values above 0.5 are hole.
 
-        The picture is reflected at its right and bottom edge up to the size the network works at, and cropped back.
+        The picture is padded by reflection at the right and bottom to the network's size, and the result cropped.
 
         """
         height, width = image.shape[2:]
@@ -189,16 +189,16 @@ class InpaintingNetwork(nn.Module):
         y = torch.cat([filled, x[:, 3:]], dim=1)
         if scale > 1:
             y = F.avg_pool2d(y, scale)
-        # What the layers change in the filled picture; zero at the start of training.
+        # The layers' change to the filled picture, zero at the start of training.
         change = self.filtered(y, y[:, :3])[0] - y[:, :3]
         continued: Tensor = self.edges(x, filled + enlarge(change, scale))
         return continued.clamp(0, 1)
 
     def _detailed(self, x: Tensor) -> Tensor:
-        """Return the picture of a network with a detail head.
+        """Return the prediction N,3,H,W in [0,1] of a network with a detail head.
 
-        The branches work at a quarter of the resolution on a smooth fill of the hole. Known pixels correct what comes
-        of it at half and at full resolution, and the head adds what only full resolution can show.
+        The branches work on a smooth fill of the hole at a quarter of the resolution. Known pixels correct their result
+        at half and at full resolution, and the head adds the detail that only full resolution can show.
         """
         assert self.detail is not None
         with full_precision(x):
@@ -213,9 +213,12 @@ class InpaintingNetwork(nn.Module):
         return detailed.clamp(0, 1)
 
     def filtered(self, x: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what both branches make of N,4,h,w, or N,5,h,w with noise.
+        """Return the filtered picture N,3,h,w and the decoder's features N,width,h,w.
 
-        The picture N,3,h,w, from decoder and `base`, after its filter; and the decoder's features N,width,h,w.
+        Args:
+            x: network input N,4,h,w, or N,5,h,w with noise.
+            base: picture N,3,h,w to which the decoder's output is added before the image filter.
+
         """
         config = self.config
         features = _rectified(self.norm(self.stem(_reflect_border(x, self.stem))), self.slope)
@@ -242,7 +245,7 @@ class InpaintingNetwork(nn.Module):
 
 
 def _doubling(channels: int, config: NetworkConfig) -> nn.Module:
-    """Return a layer from N,C,H,W to N,C/2,2H,2W; before a detail head, not one that can paint a grid."""
+    """Return a layer from N,C,H,W to N,C/2,2H,2W; before a detail head, one that cannot produce grid artefacts."""
     if not config.detail:
         return nn.ConvTranspose2d(channels, channels // 2, 4, 2, padding=1)
     return nn.Sequential(
@@ -252,26 +255,26 @@ def _doubling(channels: int, config: NetworkConfig) -> nn.Module:
 
 
 def _reflect_border(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return x continued by reflection, so that `conv` keeps its size."""
+    """Return x padded by reflection so that `conv` preserves its size."""
     return F.pad(x, (conv.kernel_size[0] // 2,) * 4, mode="reflect")
 
 
 def network_input(image: Tensor, mask: Tensor) -> Tensor:
-    """Return N,4,H,W: the picture with its holes set to 0, and the mask as exact 0 and 1."""
+    """Return N,4,H,W: the picture N,3,H,W with its holes set to 0, and the mask N,1,H,W as exact 0 and 1."""
     hole = mask > 0.5
     return torch.cat([torch.where(hole, 0.0, image), hole.to(image.dtype)], dim=1)
 
 
 class Detail(nn.Module):
-    """The head that adds detail at full resolution; its features come from a quarter, by way of half, of it.
+    """The head that adds detail at full resolution, from features at a quarter of it and then at half of it.
 
-    At half and full resolution it sees the picture as filled so far, the mask and a plane of noise, which is always
-    the same: what the surroundings say nothing about must come from somewhere. Nothing here works on blocks of pixels
-    (no strided or transposed convolution, no pixel shuffle), which would paint a grid into large holes.
+    At half and full resolution its input is the picture as filled so far, the mask, and a fixed plane of noise as a
+    source of detail that the surroundings do not determine. It has no layers that work on blocks of pixels (strided or
+    transposed convolutions, pixel shuffle), because those cause grid artefacts in large holes.
     """
 
     NOISE = 128
-    """Period of the noise plane, pixels."""
+    """Period of the noise plane in pixels."""
 
     noise: Tensor
 
@@ -286,13 +289,13 @@ class Detail(nn.Module):
         self.register_buffer("noise", _noise(self.NOISE), persistent=False)
 
     def with_noise(self, x: Tensor) -> Tensor:
-        """Return N,C+1,H,W: any N,C,H,W beside the plane."""
+        """Return N,C+1,H,W: x N,C,H,W concatenated with the noise plane."""
         rows, columns = (torch.arange(side, device=x.device) % self.NOISE for side in x.shape[2:])
         plane = self.noise.index_select(2, rows).index_select(3, columns)
-        return torch.cat([x, plane + torch.zeros_like(x[:, :1])], dim=1)  # `expand` would fix an exported graph's batch
+        return torch.cat([x, plane + torch.zeros_like(x[:, :1])], dim=1)  # `expand` would fix the batch in ONNX exports
 
     def forward(self, features: Tensor, half: Tensor, full: Tensor) -> Tensor:
-        """Return what is missing, N,3,H,W.
+        """Return the detail to add to `full`, N,3,H,W.
 
         Args:
             features: N,width,H/4,W/4.
@@ -300,7 +303,8 @@ class Detail(nn.Module):
 
         """
         y = enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
-        # Sums without a bias, which could silence them, keep ReLU: ONNX Runtime leaves its layout for a leaky one.
+        # These sums have no bias that could silence them, so plain ReLU is kept: before a leaky one, ONNX Runtime would
+        # convert its blocked layout back.
         y = enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
         y = F.relu(self.full_view(self.with_noise(full)) + y)
         result: Tensor = self.last(_rectified(self.at_full(y), LEAK))
@@ -308,8 +312,8 @@ class Detail(nn.Module):
 
 
 def _noise(side: int) -> Tensor:
-    """Return a plane 1,1,side,side of values from -1 to 1, the same on every machine: a hash of each pixel's index."""
-    x = torch.arange(1, side * side + 1, dtype=torch.int64, device="cpu")  # not meta, whatever the network is on
+    """Return a plane 1,1,side,side of values in [-1,1], a hash of each pixel's index, the same on every machine."""
+    x = torch.arange(1, side * side + 1, dtype=torch.int64, device="cpu")  # the network may be built on meta
     for shift, factor in ((16, 0x45D9F3B), (15, 0x45D9F3B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     x = x ^ (x >> 16)
@@ -317,14 +321,20 @@ def _noise(side: int) -> Tensor:
 
 
 def composite(image: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-    """Return the finished picture N,3,H,W: `prediction` where mask > 0.5, elsewhere `image`, bit for bit."""
+    """Return the finished picture N,3,H,W: `prediction` where mask > 0.5, and exactly `image` elsewhere.
+
+    Args:
+        image, prediction: N,3,H,W.
+        mask: N,1,H,W.
+
+    """
     return torch.where(mask > 0.5, prediction, image)
 
 
 def reflect_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Return x N,C,H,W continued to the right and to the bottom by reflection, as often as needed.
+    """Return x N,C,H,W padded to N,C,height,width by reflection at the right and the bottom.
 
-    Like numpy.pad(mode="reflect"), which, other than torch's, reflects again when a picture is smaller than the border.
+    Like numpy.pad(mode="reflect"), and unlike PyTorch's, it reflects repeatedly if x is smaller than the border.
     """
     for dim, size in ((2, height), (3, width)):
         if size != x.shape[dim]:
@@ -335,10 +345,10 @@ def reflect_to(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def initialize(network: InpaintingNetwork) -> None:
-    """Give `network` weights to train from: He-normal convolutions and filters that start as near-identities, in place.
+    """Initialise `network` for training, in place: He-normal convolutions, and filters that are nearly identities.
 
-    The taps' biases give each channel taps that sum to 1 in the predicted channels that hold its centre tap,
-    so that training starts from an encoder-decoder whose filters pass everything through.
+    The biases of the taps sum to 1 over the predicted channels that hold a channel's centre tap, so that training
+    starts from an encoder-decoder whose filters pass everything through.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -347,7 +357,7 @@ def initialize(network: InpaintingNetwork) -> None:
                 nn.init.zeros_(module.bias)
     config = network.config
     if config.fill_first:
-        nn.init.zeros_(network.head.weight)  # noise here would teach the layers below to be silent
+        nn.init.zeros_(network.head.weight)  # random weights here would train the layers below to output nothing
         if network.detail is not None:
             nn.init.zeros_(network.detail.last.weight)
     else:

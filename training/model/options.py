@@ -1,4 +1,4 @@
-"""The options of every command that reads a checkpoint. Light to import."""
+"""The options of every command that reads a checkpoint. Importing this does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ConfigChoice(click.ParamType):  # type: ignore[type-arg] # no generic befo
     name = "NAME|FILE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> NetworkConfig:
-        """Return the config; a usage error for a file that holds none."""
+        """Return the config; a usage error if `value` is neither a preset nor a JSON file with a config."""
         if value in PRESETS:
             return PRESETS[value]
         path = Path(value)
@@ -34,7 +34,7 @@ class ConfigChoice(click.ParamType):  # type: ignore[type-arg] # no generic befo
 config_option = click.option(
     "--config",
     type=ConfigChoice(),
-    help="The network of a file that holds weights alone: a preset, or a JSON file of the config or a run's run.json."
+    help="Network of a file that holds weights alone: a preset, a JSON file of its config, or the run.json of a run."
     "  [default: the preset that fits]",
 )
 official_option = click.option("--official", is_flag=True, expose_value=False, hidden=True, help="No longer needed.")

@@ -1,5 +1,5 @@
-// What the dynamic filter's kernels are made of: the description of a call, conversions, wide loads, and which output a
-// thread makes. See kernel.cuh.
+// The building blocks of the dynamic filter's kernels: the description of a call, conversions, wide loads, and the
+// output that a thread computes. See kernel.cuh.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,7 @@ namespace misf
 {
 
 constexpr int kTHREADS = 256;     // per block, of every kernel
-constexpr int kACCESS_BYTES = 16; // of the widest load and store
+constexpr int kACCESS_BYTES = 16; // width of the widest load and store
 
 // One call. Every kernel takes it by value, after three pointers.
 struct Shape
@@ -32,7 +32,7 @@ template <typename T> __host__ __device__ inline T fromFloat(float value);
 template <> __host__ __device__ inline float fromFloat<float>(float value) { return value; }
 template <> __host__ __device__ inline __half fromFloat<__half>(float value) { return __float2half_rn(value); }
 
-// Two halves in one register, as they lie in memory.
+// Two halves in one register, in memory order.
 __device__ inline float2 unpack(unsigned word)
 {
     __half2 pair;
@@ -50,7 +50,7 @@ __device__ inline unsigned pack(float first, float second)
 
 __host__ __device__ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
-// P, the channels that use whole channels of taps.
+// P, the number of channels that use whole channels of taps.
 __host__ __device__ constexpr int groupChannels(int kernelSize, int share)
 {
     return share / gcd(share, kernelSize * kernelSize);
@@ -67,9 +67,9 @@ template <typename T, int Width> struct alignas(sizeof(T) * Width) Packed
     T value[Width];
 };
 
-// `Count` neighbouring elements in registers, moved in accesses of `Width` elements (the pointer is aligned to them).
-// Halves that come in pairs stay in pairs: on their own each would take a register, and moves (sm_90, the features in
-// HWC8: 941 instructions instead of 691).
+// `Count` adjacent elements in registers, moved in accesses of `Width` elements (to which the pointer is aligned).
+// Pairs of halves stay packed: unpacked, each half would need a register and moves (sm_90, the features in HWC8: 941
+// instructions instead of 691).
 template <typename T, int Count, int Width> struct Strip
 {
     static_assert(Count % Width == 0, "a strip is a whole number of accesses");
@@ -104,7 +104,7 @@ template <typename T, int Count, int Width> struct Strip
         return strip;
     }
 
-    // Reads those of the accesses that lie before `limit` elements; the rest is zero.
+    // Reads the accesses that lie before `limit` elements; the rest is zero.
     static __device__ Strip read(const T* from, int limit = Count)
     {
         Strip strip;
@@ -121,7 +121,7 @@ template <typename T, int Count, int Width> struct Strip
         return strip;
     }
 
-    // Writes those of the accesses that lie before `limit` elements.
+    // Writes the accesses that lie before `limit` elements.
     __device__ void write(T* to, int limit = Count) const
     {
 #pragma unroll
@@ -139,7 +139,7 @@ template <typename T, int Count, int Width> struct Strip
 
 // ---- places ---------------------------------------------------------------------------------------------------------
 
-// Which output a thread makes: image n, pixel (row, column), channel group `group`.
+// The output that a thread computes: image n, pixel (row, column), channel group `group`.
 struct Place
 {
     long long image;
@@ -168,13 +168,13 @@ __device__ inline bool insidePicture(const Shape& s, int row, int column)
     return row >= 0 && row < s.height && column >= 0 && column < s.width;
 }
 
-// Offset of element (n, c, y, 0) of a planar tensor; in 64 bits, as every offset here.
+// Offset of element (n, c, y, 0) of a planar tensor; in 64 bits, like all offsets here.
 __device__ inline long long planarRow(const Shape& s, long long image, int channels, int channel, int row)
 {
     return ((image * channels + channel) * s.height + row) * s.width;
 }
 
-// Index of pixel (n, y, x); times the stride it is the pixel's offset in a channels-last tensor.
+// Index of pixel (n, y, x); multiplied by the stride, it is the pixel's offset in a channels-last tensor.
 __device__ inline long long pixelIndex(const Shape& s, long long image, int row, int column)
 {
     return (image * s.height + row) * s.width + column;

@@ -10,12 +10,12 @@
 // padding that is written is zero.
 //
 // R consecutive taps use one channel of `taps`, so P = R / gcd(R, K*K) channels of features form a group that uses
-// whole channels of taps: 4 channels share 9 tap channels for MISF's K = 3, R = 4. A thread makes whole groups and
-// therefore reads each of their taps once. Every thread writes outputs of its own: no atomics, no shared memory, no
-// synchronisation, and results do not change from run to run.
+// whole channels of taps: 4 channels share 9 tap channels for MISF's K = 3, R = 4. A thread computes whole groups and
+// therefore reads each of their taps once. No two threads write the same output: there are no atomics, no shared memory
+// and no synchronisation, and results do not change from run to run.
 //
-// Includes CUDA headers only: the same text is compiled by nvcc and, for the tests, by a host compiler that walks grid and
-// block. Geometry and choice of kernel: launch.cuh.
+// This file includes CUDA headers only: it is compiled by nvcc and, for the tests, by a host compiler that loops over
+// grid and block. launch.cuh has the geometry and the choice of kernel.
 #pragma once
 
 #include "access.cuh"
@@ -55,7 +55,7 @@ template <typename T, int K, int V> struct Window
     }
 };
 
-// A thread makes one channel group at V neighbouring columns. V > 1 needs W % V == 0 and pointers aligned to V
+// A thread computes one channel group at V adjacent columns. V > 1 needs W % V == 0 and pointers aligned to V
 // elements.
 template <typename T, int K, int R, int V>
 __global__ void __launch_bounds__(kTHREADS)
@@ -98,18 +98,18 @@ __global__ void __launch_bounds__(kTHREADS)
 
 // ---- channels last --------------------------------------------------------------------------------------------------
 
-// The V channels of a pixel that one thread makes, and their taps. `Width`: elements per access, 1 or 16 bytes' worth;
-// above 1 it needs pointers and strides that are multiples of it. V is a whole number of groups.
+// The V channels of a pixel that one thread computes, and their taps. `Width`: elements per access, 1 or 16 bytes'
+// worth; above 1 it needs pointers and strides that are multiples of it. V is a whole number of groups.
 template <typename T, int K, int R, int V, int Width> struct Pixel
 {
     static_assert(V % groupChannels(K, R) == 0, "a thread makes whole groups");
     static constexpr int kTAPS = V * K * K / R;
-    static constexpr int kTAP_WIDTH = accessWidth(kTAPS, Width); // 18 or 36 taps are no multiple of 8
+    static constexpr int kTAP_WIDTH = accessWidth(kTAPS, Width); // 18 and 36 taps are not multiples of 8
     using Channels = Strip<T, V, Width>;
     using Taps = Strip<T, kTAPS, kTAP_WIDTH>;
 
-    // Offset of element `first` of the pixel `down` rows and `right` columns from the thread's own. Computed whether or
-    // not that is in the picture: loads without branches are issued together, and then wait together.
+    // Offset of element `first` of the pixel `down` rows and `right` columns from the thread's. It is computed even if
+    // that pixel is outside the picture, because loads without branches are issued together and wait together.
     static __device__ long long offset(const Shape& s, const Place& at, int down, int right, int stride, int first)
     {
         const long long own = pixelIndex(s, at.image, at.row, at.column) * stride + first;
@@ -132,7 +132,7 @@ template <typename T, int K, int R, int V, int Width> struct Pixel
         return Taps::read(from + offset(s, at, down, right, s.tapStride, first), inside ? s.tapStride - first : 0);
     }
 
-    // Channels from `channels` on are padding, and zero.
+    // Channels from `channels` on are padding and zero.
     static __device__ void writeChannels(float (&sum)[V], T* to, const Shape& s, const Place& at, int stride)
     {
 #pragma unroll
@@ -142,7 +142,7 @@ template <typename T, int K, int R, int V, int Width> struct Pixel
     }
 };
 
-// Two blocks per multiprocessor: left to itself ptxas aims at 64 registers, and spills on sm_75.
+// Two blocks per multiprocessor: by default ptxas aims at 64 registers, and spills on sm_75.
 template <typename T, int K, int R, int V, int Width>
 __global__ void __launch_bounds__(kTHREADS, 2)
     forwardChannelsLast(const T* __restrict__ features, const T* __restrict__ taps, T* __restrict__ output, Shape s)

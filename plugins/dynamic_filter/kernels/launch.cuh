@@ -1,5 +1,5 @@
-// Which kernel serves a call of the dynamic filter, and with which grid: plain host code around kernel.cuh, shared by
-// the TensorRT plugin and the tests' host launcher.
+// Chooses kernel and grid for a call of the dynamic filter: plain host code around kernel.cuh, shared by the TensorRT
+// plugin and the tests' host launcher.
 #pragma once
 
 #include "kernel.cuh"
@@ -14,24 +14,24 @@ enum class Layout : int
     kCHANNELS_LAST,
 };
 
-// Features, taps and output; all of type T, lying as Shape says.
+// Features, taps and output; all of type T, with the layout in Shape.
 template <typename T> using Kernel = void (*)(const T*, const T*, T*, Shape);
 
 struct Plan
 {
     Shape shape;           // with the geometry filled in
-    bool fast;             // a kernel of kernel.cuh, or else of naive.cuh
+    bool fast;             // a kernel of kernel.cuh, else of naive.cuh
     int width;             // elements per access of the fast kernel
-    unsigned gridX, gridY; // blocks; 0: there is nothing to do, or (N, C, H, W above 0) more than a grid can hold
+    unsigned gridX, gridY; // blocks; 0 if there is nothing to do or (N, C, H, W above 0) a grid cannot hold them
 };
 
 constexpr long long kMAX_GRID_X = 0x7fffffff;
 constexpr long long kMAX_GRID_Y = 0xffff;
-constexpr int kMAX_SIDE = 1 << 30; // of a picture for the fast kernels, whose tiles may end beyond it
+constexpr int kMAX_SIDE = 1 << 30; // largest side of a picture for the fast kernels, whose tiles may end beyond it
 
 constexpr long long divideUp(long long a, long long b) { return (a + b - 1) / b; }
 
-// a * b, or a number that no grid can hold; never overflows.
+// Returns a * b, at most a number that no grid can hold; never overflows.
 constexpr long long capped(long long a, long long b)
 {
     constexpr long long kCAP = kTHREADS * (kMAX_GRID_X + 1);
@@ -47,15 +47,15 @@ inline int bitsFor(long long count, int limit)
     return bits;
 }
 
-// Channels that a thread of the channels-last kernel makes: one group, or one wide access; two where each tap serves four
-// products.
+// Number of channels that a thread of the channels-last kernel computes: one group, or one wide access; two if each tap
+// is used by four products.
 constexpr int channelsPerThread(int elementSize, int share, int width)
 {
     return width == 1 ? groupChannels(3, share) : kACCESS_BYTES / elementSize * (share == 4 ? 2 : 1);
 }
 
-// Plans a call. `shape` comes without geometry; `alignment`: bytes to which all three pointers are aligned.
-// `naive` asks for the referee.
+// Plans a call. `shape` has no geometry yet; `alignment`: bytes to which all three pointers are aligned; `naive`
+// selects the reference kernel.
 inline Plan plan(Layout layout, Shape shape, int elementSize, unsigned long long alignment, bool naive = false)
 {
     Plan result{shape, false, 1, 0, 0};
@@ -132,7 +132,7 @@ template <Layout kLAYOUT, typename T, int R> Kernel<T> fastKernel(int width)
                               : forwardChannelsLast<T, 3, R, channelsPerThread(sizeof(T), R, 1), 1>;
 }
 
-// Returns the kernel of a plan. Only what is asked for by the template arguments is compiled.
+// Returns the kernel of a plan. Only the kernels that the template arguments select are compiled.
 template <Layout kLAYOUT, typename T> Kernel<T> kernelOf(const Plan& plan)
 {
     if (!plan.fast)

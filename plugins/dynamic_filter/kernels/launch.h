@@ -1,4 +1,4 @@
-// The one door between the TensorRT plugin (plain C++) and the CUDA kernels (launch.cu).
+// The interface between the TensorRT plugin (plain C++) and the CUDA kernels (launch.cu).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@ enum class Storage : int
     kHALF,
 };
 
-// How the three tensors of a call lie; HWC8: channels last, every pixel rounded up to 8 channels.
+// Memory layout of the three tensors of a call; HWC8 is channels last, every pixel padded to a multiple of 8 channels.
 enum class Format : int
 {
     kLINEAR,
@@ -28,8 +28,8 @@ struct Call
     int kernelSize, share;
 };
 
-// Puts the filter on `stream`: no allocation, no synchronisation. Returns the launch's error; cudaErrorInvalidValue for
-// a call that no kernel serves (kHWC8 with kFLOAT, more elements than a grid holds).
+// Launches the filter on `stream`, without allocation or synchronisation. Returns the launch's error;
+// cudaErrorInvalidValue for a call that no kernel supports (kHWC8 with kFLOAT, more elements than a grid can hold).
 cudaError_t launchForward(
     Call const& call, void const* features, void const* taps, void* output, cudaStream_t stream) noexcept;
 

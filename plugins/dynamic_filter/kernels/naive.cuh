@@ -1,5 +1,5 @@
-// The dynamic filter one output per thread, for any K and R, in both layouts: the fallback where kernel.cuh has no
-// kernel, and the referee that its kernels are checked against on the same device. Definition and layouts: kernel.cuh.
+// The dynamic filter with one output per thread, for any K and R, in both layouts: the fallback for calls without a
+// kernel in kernel.cuh, and the reference for its kernels on the same device. Definition and layouts: kernel.cuh.
 #pragma once
 
 #include "access.cuh"
@@ -17,7 +17,7 @@ __device__ inline float at(const T* tensor, const Shape& s, int channels, int st
     return toFloat(tensor[ChannelsLast ? (n * plane + pixel) * stride + c : (n * channels + c) * plane + pixel]);
 }
 
-// Output `index` counts the elements of the output, padding included, as they lie in memory.
+// `index` counts the elements of the output in memory order, including padding.
 template <bool ChannelsLast> struct Element
 {
     long long index, image;

@@ -1,6 +1,6 @@
-// The two functions that TensorRT looks up in a plugin library it is told to load (IPluginRegistry::loadLibrary,
-// trtexec --dynamicPlugins). Nothing else is exported. What the library was built for can be read from the file,
-// without running it: section .misf_info, see library.py.
+// The two functions that TensorRT looks up in a plugin library when it loads it (IPluginRegistry::loadLibrary, trtexec
+// --dynamicPlugins). Nothing else is exported. library.py reads what the library was built for from the file, section
+// .misf_info, without running it.
 #include "info.h"
 #include "log.h"
 #include "plugin.h"

@@ -1,16 +1,16 @@
 # Sets TENSORRT_INCLUDE_DIR to a folder with NvInferRuntime.h, and MISF_TRT_MAJOR, MISF_TRT_MINOR to its version.
 #
-# TensorRT's pip packages have no headers. The first of these that is there is taken:
+# TensorRT's pip packages have no headers. The first of these that exists is used:
 #   1. -DTENSORRT_ROOT (or TRT_ROOT): an unpacked TensorRT, or a folder of headers
 #   2. -DMISF_FETCH_TRT_HEADERS=ON with -DMISF_TRT_VERSION=10.3: NVIDIA's repository, at a pinned commit
 #   3. TENSORRT_ROOT or TRT_ROOT in the environment
 #   4. the CMake package of TensorRT 11.2 and later
-#   5. the system: /usr/include, as JetPack and the deb packages (libnvinfer-headers-dev) have it
+#   5. the system's, in /usr/include, from JetPack or the deb packages (libnvinfer-headers-dev)
 
 set(MISF_TRT_VERSION "" CACHE STRING "Version of the TensorRT headers to fetch, major.minor")
 option(MISF_FETCH_TRT_HEADERS "Fetch TensorRT's headers from NVIDIA's repository" OFF)
 set(MISF_TRT_REPOSITORY "https://github.com/NVIDIA/TensorRT.git" CACHE STRING "Where to fetch from")
-set(MISF_TRT_COMMIT "" CACHE STRING "Commit to fetch; by default the one known for MISF_TRT_VERSION")
+set(MISF_TRT_COMMIT "" CACHE STRING "Commit to fetch; by default the one listed below for MISF_TRT_VERSION")
 
 set(misf_commits
   "10.3=c5b9de37f7ef9034e2efc621c664145c7c12436e" "10.4=866548c95c6d7113a4c5f6a440022b2d216c04cf"
@@ -38,7 +38,7 @@ function(misf_fetch_headers target)
   if(NOT EXISTS "${folder}/include/NvInferRuntime.h")
     message(STATUS "Fetching TensorRT headers: ${MISF_TRT_REPOSITORY} ${commit}")
     file(REMOVE_RECURSE "${folder}")
-    # One commit, and of its files only include/: a few hundred kilobytes instead of the repository.
+    # Only include/ of one commit: a few hundred kilobytes instead of the repository.
     foreach(step
         "init;--quiet;${folder}"
         "-C;${folder};fetch;--quiet;--depth=1;--filter=blob:none;${MISF_TRT_REPOSITORY};${commit}"
@@ -77,14 +77,14 @@ else()
   endif()
   find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h HINTS ${from_package} ${TensorRT_INCLUDE_DIRS})
   if(NOT TENSORRT_INCLUDE_DIR)
-    message(FATAL_ERROR "TensorRT's headers were not found. One of: name an unpacked TensorRT, with --tensorrt-root or "
-      "TENSORRT_ROOT; install TensorRT 11.2 or later with its CMake package; install libnvinfer-headers-dev (JetPack: "
-      "nvidia-jetpack); or fetch them: misf-plugin build --fetch-headers 10.3, in CMake -DMISF_FETCH_TRT_HEADERS=ON "
-      "-DMISF_TRT_VERSION=10.3")
+    message(FATAL_ERROR "TensorRT's headers were not found. Do one of these: give an unpacked TensorRT with "
+      "--tensorrt-root or TENSORRT_ROOT; install TensorRT 11.2 or later with its CMake package; install "
+      "libnvinfer-headers-dev (JetPack: nvidia-jetpack); or fetch them: misf-plugin build --fetch-headers 10.3, "
+      "in CMake -DMISF_FETCH_TRT_HEADERS=ON -DMISF_TRT_VERSION=10.3")
   endif()
 endif()
 
-# The version by preprocessing: the macros are numbers in some versions, names of other macros in others.
+# The preprocessor reads the version, because the macros are numbers in some versions and other macros in others.
 set(probe "${CMAKE_CURRENT_BINARY_DIR}/version_probe.cpp")
 file(WRITE "${probe}" "#include <NvInferVersion.h>\nmisf_probe NV_TENSORRT_MAJOR NV_TENSORRT_MINOR\n")
 execute_process(COMMAND "${CMAKE_CXX_COMPILER}" -E -P "-I${TENSORRT_INCLUDE_DIR}" "${probe}" OUTPUT_VARIABLE expanded)

@@ -1,4 +1,4 @@
-// What this library was built for: a line of JSON in a section of its own, which misf-plugin info reads from the file.
+// What this library was built for: a line of JSON in a separate section, which misf-plugin info reads from the file.
 #pragma once
 
 #include <NvInferVersion.h>

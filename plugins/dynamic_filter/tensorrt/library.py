@@ -1,8 +1,9 @@
 """The TensorRT plugin library: where it is, what it was built for, building and loading it.
 
-One file per TensorRT major: `libmisf_trt10.so`, `libmisf_trt11.so`, to be loaded through TensorRT's registry (ours does
-it by itself; trtexec: --dynamicPlugins), each with a twin `..._selfregister.so` for those who only dlopen (Triton, ONNX
-Runtime, trtexec --staticPlugins). Sources: here and in kernels/. Needs neither TensorRT nor CUDA, except to build.
+There is one file per TensorRT major version, `libmisf_trt10.so` and `libmisf_trt11.so`, for programs that load it
+through TensorRT's registry (misf, trtexec --dynamicPlugins). Each has a twin `..._selfregister.so` for programs that
+only dlopen it (Triton, ONNX Runtime, trtexec --staticPlugins). The sources are here and in kernels/. This module needs
+TensorRT and CUDA only for building.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LibraryInfo:
-    """What a plugin library says of itself; read from the file, without loading it."""
+    """What a plugin library was built for, read from the file without loading it."""
 
     path: Path
     misf: str
@@ -44,21 +45,21 @@ class LibraryInfo:
     cuda: str
     """Version of the CUDA runtime inside, 'major.minor'."""
     architectures: tuple[str, ...]
-    """CUDA architectures, as '90-real' or '75' (code for that GPU and, without -real, for later ones)."""
+    """CUDA architectures, such as '90-real' or '75' (code for that GPU and, without -real, for later ones)."""
 
     @property
     def tensorrt_major(self) -> int:
-        """The TensorRT major that can load it."""
+        """The TensorRT major version that can load it."""
         return int(self.tensorrt.split(".")[0])
 
 
 def library_name(tensorrt_major: int, *, self_registering: bool = False) -> str:
-    """Return the file name of the library for one TensorRT major."""
+    """Return the file name of the library for one TensorRT major version."""
     return f"libmisf_trt{tensorrt_major}{'_selfregister' if self_registering else ''}.so"
 
 
 def install_folder() -> Path:
-    """Return where built libraries go: $MISF_HOME/plugins, by default under the user's cache."""
+    """Return the folder of built libraries: $MISF_HOME/plugins, by default in the user's cache folder."""
     home = os.environ.get("MISF_HOME")
     if home:
         return Path(home).expanduser() / "plugins"
@@ -70,13 +71,13 @@ def read_info(path: str | os.PathLike[str]) -> LibraryInfo:
     """Return what the library at `path` was built for.
 
     Raises:
-        OSError: it cannot be read.
-        MisfError: it is not a plugin library of misf.
+        OSError: the file cannot be read.
+        MisfError: the file is not a plugin library of misf.
 
     """
     path = Path(path)
     if path.is_file() and path.stat().st_size > _MAX_BYTES:
-        raise MisfError(f"{path} is not a misf plugin library: it has more than {_MAX_BYTES >> 20} MiB")
+        raise MisfError(f"{path} is not a misf plugin library: it is larger than {_MAX_BYTES >> 20} MiB")
     data = path.read_bytes()
     start = data.find(_MARKER)
     if not data.startswith(b"\x7fELF") or start < 0:
@@ -94,21 +95,24 @@ def read_info(path: str | os.PathLike[str]) -> LibraryInfo:
             architectures=tuple(fields["architectures"].split()),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MisfError(f"{path} is a damaged misf plugin library ({error}); build it anew: {BUILD_COMMAND}") from error
+        raise MisfError(
+            f"{path} is a damaged misf plugin library ({error}); build it again: {BUILD_COMMAND}"
+        ) from error
 
 
 def find_library(
     tensorrt_major: int, explicit: str | os.PathLike[str] | None = None, *, self_registering: bool = False
 ) -> Path:
-    """Return the plugin library for one TensorRT major.
+    """Return the plugin library for one TensorRT major version.
 
     Args:
         tensorrt_major: 10 or 11.
-        explicit: the file that the user named; by default $MISF_PLUGIN, then the newest place that has one of the name.
-        self_registering: look for the twin.
+        explicit: the file that the user named; by default $MISF_PLUGIN, else the library in `install_folder()`, else
+            the one beside the sources.
+        self_registering: look for the self-registering library.
 
     Raises:
-        EnvironmentMismatch: there is none, or the one that was named is for another major or of the other kind.
+        EnvironmentMismatch: there is none, or the named one is for another major version or of the other kind.
 
     """
     named = explicit or (None if self_registering else os.environ.get("MISF_PLUGIN")) or None
@@ -138,15 +142,16 @@ def _check(info: LibraryInfo, tensorrt_major: int, *, self_registering: bool) ->
 
 
 def load_library(registry: Any, path: str | os.PathLike[str], tensorrt_version: str) -> None:
-    """Load the plugin library into TensorRT's registry, unless a plugin of its name is registered already.
+    """Load the plugin library into TensorRT's registry, unless a plugin of this name is already registered.
 
     Args:
         registry: tensorrt.get_plugin_registry().
         path: from `find_library`.
-        tensorrt_version: tensorrt.__version__; a library for another major would crash the process, and is refused.
+        tensorrt_version: tensorrt.__version__; a library for another major version is refused, because it would crash
+            the process.
 
     Raises:
-        EnvironmentMismatch: it is for another TensorRT, or TensorRT does not load it.
+        EnvironmentMismatch: the library is for another TensorRT, or TensorRT does not load it.
 
     """
     if registry.get_creator("DynamicFilter", "1", "misf") is not None:
@@ -154,7 +159,7 @@ def load_library(registry: Any, path: str | os.PathLike[str], tensorrt_version: 
     info = read_info(path)
     _check(info, int(tensorrt_version.split(".")[0]), self_registering=False)
     if registry.load_library(str(Path(path).resolve())) is None:
-        raise EnvironmentMismatch(f"TensorRT {tensorrt_version} does not load {path}; build it anew: {BUILD_COMMAND}")
+        raise EnvironmentMismatch(f"TensorRT {tensorrt_version} does not load {path}; build it again: {BUILD_COMMAND}")
 
 
 def installed_libraries() -> Iterator[LibraryInfo]:
@@ -174,17 +179,17 @@ def build(
     jobs: int | None = None,
     extra: tuple[str, ...] = (),
 ) -> list[LibraryInfo]:
-    """Build both libraries with CMake and nvcc, and install them; return what was installed.
+    """Build both libraries with CMake and nvcc, install them and return them.
 
     Args:
-        tensorrt_root: an unpacked TensorRT or a folder with its headers; by default what the system has.
-        fetch_headers: 'major.minor': fetch the headers of that TensorRT from NVIDIA's repository instead.
-        architectures: CUDA architectures separated by ';'; by default this machine's GPU, or all without one.
-        jobs: parallel compilations.
-        extra: further arguments for cmake's configuration.
+        tensorrt_root: an unpacked TensorRT or a folder with its headers; by default the system's.
+        fetch_headers: fetch the headers of this version ('major.minor') from NVIDIA's repository instead.
+        architectures: CUDA architectures separated by ';'; by default this machine's GPU or, without one, all.
+        jobs: number of parallel compilations.
+        extra: further arguments for CMake's configure step.
 
     Raises:
-        EnvironmentMismatch: cmake, nvcc or the headers are missing; the message is CMake's.
+        EnvironmentMismatch: CMake, nvcc or the headers are missing; the message is CMake's.
         MisfError: the build failed.
 
     """
@@ -203,7 +208,7 @@ def build(
             configure += ["-DMISF_FETCH_TRT_HEADERS=ON", f"-DMISF_TRT_VERSION={fetch_headers}"]
         if architectures is not None:
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
-        _run(configure, EnvironmentMismatch, "the plugin's build could not be set up")
+        _run(configure, EnvironmentMismatch, "the build of the plugin could not be configured")
         parallel = ["--parallel", *([str(jobs)] if jobs else [])]
         _run([cmake, "--build", folder, *parallel], MisfError, "the plugin did not compile")
         return [_install(path) for path in sorted(Path(folder).glob("libmisf_trt*.so"))]
@@ -218,7 +223,7 @@ def _install(built: Path) -> LibraryInfo:
 
 
 def _run(command: list[str], error: type[MisfError], what: str) -> None:
-    """Run a step of the build; its output goes to the debug log and, when it fails, its reason into the error."""
+    """Run a build step; log its output at debug level, and raise `error` with the reason if it fails."""
     log.debug("%s", " ".join(command))
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     log.debug("%s", result.stdout)

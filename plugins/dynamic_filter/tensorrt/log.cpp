@@ -20,7 +20,7 @@ void* find(char const* name) noexcept
 {
     if (void* const function = dlsym(RTLD_DEFAULT, name))
         return function;
-    // Python and Triton load TensorRT out of the default scope; RTLD_NOLOAD finds it there, and never loads it.
+    // Python and Triton load TensorRT outside the default scope; RTLD_NOLOAD finds it there, and never loads it.
     void* const library = dlopen("libnvinfer.so." MISF_TEXT(NV_TENSORRT_MAJOR), RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr)
         return nullptr;
@@ -33,7 +33,7 @@ void* find(char const* name) noexcept
 
 void* tensorRtFunction(char const* name) noexcept
 {
-    // The virtual functions of ILogger and of the registry differ between majors: calling another's is a crash.
+    // The virtual functions of ILogger and of the registry differ between major versions: calling another's crashes.
     auto const version = reinterpret_cast<int32_t (*)()>(find("getInferLibVersion"));
     bool const same = version != nullptr && version() / 10000 == NV_TENSORRT_MAJOR;
     return same ? find(name) : nullptr;
@@ -53,7 +53,7 @@ void logError(char const* format, ...) noexcept
     nvinfer1::ILoggerFinder* const finder = gFinder;
     if (finder != nullptr && tensorRtFunction("getInferLibVersion") != nullptr)
     {
-        try // ILoggerFinder does not promise noexcept
+        try // ILoggerFinder is not noexcept
         {
             if (nvinfer1::ILogger* const logger = finder->findLogger())
             {

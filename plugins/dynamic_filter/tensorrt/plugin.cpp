@@ -23,11 +23,11 @@ constexpr char kNAME[] = "DynamicFilter";
 constexpr char kVERSION[] = "1";
 constexpr char kKERNEL_SIZE[] = "kernel_size";
 constexpr char kSHARE[] = "share";
-constexpr int32_t kMAX_KERNEL_SIZE = 101; // more is a mistake, and keeps K * K small
+constexpr int32_t kMAX_KERNEL_SIZE = 101; // larger values are mistakes; the limit keeps K * K small
 constexpr int32_t kINPUTS = 2;
 constexpr int32_t kOUTPUTS = 1;
 
-// Reads one integer field; returns false, and logs, when it is not one.
+// Reads an integer field; returns false, and logs an error, if it is not an integer.
 bool readInteger(PluginField const& field, int32_t& value) noexcept
 {
     if (field.data == nullptr || field.length != 1)
@@ -93,7 +93,7 @@ DynamicFilterPlugin::DynamicFilterPlugin(Attributes const& attributes) noexcept
           PluginField{kSHARE, &mAttributes.share, PluginFieldType::kINT32, 1}}
     , mFieldCollection{2, mFields}
 {
-    // Timings of another version's kernels are not ours.
+    // Cached timings of another version's kernels must not be used.
     std::snprintf(mTimingCacheId, sizeof(mTimingCacheId), "kernel_size=%d,share=%d,misf=%s", attributes.kernelSize,
         attributes.share, MISF_VERSION_TEXT);
 }
@@ -143,7 +143,7 @@ bool DynamicFilterPlugin::channelsAgree(int64_t channels, int64_t tapChannels) c
     return false;
 }
 
-// Before tactics are timed, once per profile; sizes that the profile leaves open are -1.
+// Called before tactics are timed, once per profile; sizes that the profile leaves open are -1.
 int32_t DynamicFilterPlugin::configurePlugin(
     DynamicPluginTensorDesc const* in, int32_t nbInputs, DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept
 {
@@ -182,7 +182,7 @@ int32_t DynamicFilterPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nb
     return 0;
 }
 
-// Asked for one tensor after the other; what comes after `pos` is not set yet.
+// Called for one tensor after the other; those after `pos` are not set yet.
 bool DynamicFilterPlugin::supportsFormatCombination(
     int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs, int32_t nbOutputs) noexcept
 {
@@ -194,7 +194,7 @@ bool DynamicFilterPlugin::supportsFormatCombination(
     return isServed(tensor);
 }
 
-// Before enqueue whenever a size changed; sizes are now all known.
+// Called before enqueue whenever a size has changed; all sizes are known here.
 int32_t DynamicFilterPlugin::onShapeChange(
     PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const* out, int32_t nbOutputs) noexcept
 {
@@ -241,7 +241,7 @@ int32_t DynamicFilterPlugin::onShapeChange(
     return 0;
 }
 
-// Per inference; may be captured into a CUDA graph.
+// Called for every inference; may be captured into a CUDA graph.
 int32_t DynamicFilterPlugin::enqueue(PluginTensorDesc const*, PluginTensorDesc const*, void const* const* inputs,
     void* const* outputs, void*, cudaStream_t stream) noexcept
 {
@@ -260,7 +260,7 @@ int32_t DynamicFilterPlugin::enqueue(PluginTensorDesc const*, PluginTensorDesc c
     return 0;
 }
 
-// Every execution context gets a plugin of its own, since mCall belongs to one context.
+// Every execution context gets its own copy of the plugin, since mCall belongs to one context.
 IPluginV3* DynamicFilterPlugin::attachToContext(IPluginResourceContext*) noexcept { return clone(); }
 
 // ---- the creator ----------------------------------------------------------------------------------------------------

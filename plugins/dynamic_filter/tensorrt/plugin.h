@@ -4,11 +4,12 @@
 // Input 1    taps      N, M, H, W with M = C * kernel_size^2 / share
 // Output 0             N, C, H, W, filtered (definition: op.py)
 // Attributes kernel_size (kINT32, odd, default 3), share (kINT32, default 1; divides C * kernel_size^2)
-// Types      all three tensors kLINEAR kFLOAT, kLINEAR kHALF, or kHWC8 kHALF; sums are float32 in each
-// Shapes     all dynamic except C and M, which the attributes tie together
+// Types      all three tensors kLINEAR kFLOAT, kLINEAR kHALF, or kHWC8 kHALF; sums are always float32
+// Shapes     all dynamic except C and M, which are related by the attributes
 //
-// One source serves both majors by using only what they share: the output's shape is an input's, so no expressions are
-// built; the plugin never calls the registry. Nothing throws: memory comes from new (std::nothrow), text from snprintf.
+// One source serves both major versions because it uses only what they share: the output has the shape of an input, so
+// that no expressions are built, and the plugin never calls the registry. Nothing throws: memory comes from
+// new (std::nothrow), text from snprintf.
 #pragma once
 
 #include "../kernels/launch.h"
@@ -34,7 +35,7 @@ public:
     explicit DynamicFilterPlugin(Attributes const& attributes) noexcept;
     DynamicFilterPlugin(DynamicFilterPlugin const&) = delete; // mFields points into the object; clone() makes a new one
 
-    // IPluginV3: TensorRT asks for the three parts below, and clones the plugin into networks and engines.
+    // IPluginV3: TensorRT requests the three parts below, and clones the plugin into networks and engines.
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3* clone() noexcept override;
 
@@ -65,25 +66,26 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    // Whether the taps have the channels that C features need; logs what was expected. -1: not known yet, accepted.
+    // Returns whether the taps have the number of channels that C features need, and logs an error if not. A size of -1
+    // is not known yet and is accepted.
     bool channelsAgree(int64_t channels, int64_t tapChannels) const noexcept;
 
     Attributes const mAttributes;
     Call mCall{};       // set by onShapeChange
-    bool mReady{false}; // whether it was
+    bool mReady{false}; // whether mCall is set
     char mTimingCacheId[128];
     nvinfer1::PluginField mFields[2];
     nvinfer1::PluginFieldCollection mFieldCollection;
 };
 
-// Makes plugins from fields: those of an ONNX node while a network is built, those that getFieldsToSerialize() wrote
-// while an engine is loaded. They have the same names, so one way serves both.
+// Makes plugins from fields: those of an ONNX node when a network is built, and those written by getFieldsToSerialize()
+// when an engine is loaded. They have the same names, so that the same code serves both.
 class DynamicFilterCreator final : public nvinfer1::IPluginCreatorV3One
 {
 public:
     DynamicFilterCreator() noexcept;
 
-    // Returns nullptr, and logs why, when the fields are not valid.
+    // Returns nullptr, and logs why, if the fields are not valid.
     nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fc,
         nvinfer1::TensorRTPhase phase) noexcept override;
     nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override;
@@ -96,7 +98,7 @@ private:
     nvinfer1::PluginFieldCollection mFieldCollection;
 };
 
-// The library's one creator.
+// The library's only creator.
 DynamicFilterCreator& creator() noexcept;
 
 constexpr char kNAMESPACE[] = "misf";

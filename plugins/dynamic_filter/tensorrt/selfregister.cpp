@@ -1,6 +1,6 @@
-// The library for those who only dlopen: Triton's plugins=, ONNX Runtime's trt_extra_plugin_lib_paths, trtexec
-// --staticPlugins. It registers its creator when it is loaded, so TensorRT must be loaded before it. Never give this
-// one to loadLibrary, which refuses a creator that is registered already; that is what the other library is for.
+// The library for programs that only dlopen it: Triton's plugins=, ONNX Runtime's trt_extra_plugin_lib_paths, trtexec
+// --staticPlugins. It registers its creator when it is loaded, so TensorRT must be loaded before it. Do not pass it to
+// loadLibrary, which refuses a creator that is already registered; use the other library there.
 #include "info.h"
 #include "log.h"
 #include "plugin.h"
@@ -18,7 +18,7 @@ __attribute__((constructor)) void registerCreator() noexcept
         return;
     }
     if (!registry()->registerCreator(misf::creator(), misf::kNAMESPACE))
-        misf::logError("not registered: TensorRT has a plugin of this name already");
+        misf::logError("not registered: TensorRT already has a plugin of this name");
 }
 
 } // namespace
