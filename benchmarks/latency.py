@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="instead: torch.profiler's table of the GPU's kernels")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latency"), help="folder")
+    parser.add_argument("--output", type=Path, default=Path("latency"), help="folder for the results [latency]")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

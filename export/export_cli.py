@@ -130,6 +130,9 @@ def main(
                 "--inline-functions is for an .onnx file: the plugin of an engine needs the function"
             )
         options = parse_engine_options(engine, precision)
+        from ..runtime.engines.flavors import load_flavor
+
+        load_flavor(options.backend)  # fails before the export, which takes a while, where there is no TensorRT
         onnx_file = output.with_suffix(".onnx")
         _put(onnx_file, force, lambda path: _export(checkpoint, config, path, precision, calibration, range_limit))
         from .engine.builder import build_engine

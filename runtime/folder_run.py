@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import click
 
 from ..plugins.shared.command import log_about, one_line
 from ..plugins.shared.errors import MisfError
-from ..plugins.shared.progress import progress
+from ..plugins.shared.progress import duration, progress
 
 if TYPE_CHECKING:
     from .fill_file import FileFiller
@@ -85,6 +86,7 @@ class FolderRun:
 
     def __call__(self, jobs: list[Job], share: bool) -> None:
         """Run the jobs; with `share`, leave those to another run that it is doing or has done meanwhile."""
+        begun = time.monotonic()
         with progress("pictures", len(jobs), lines=True) as step, ThreadPoolExecutor(self._at_once) as pool:
             waiting = iter(jobs)
             running: dict[Future[dict[str, Any] | None], Job] = {}
@@ -99,6 +101,9 @@ class FolderRun:
             finally:
                 for future in running:
                     future.cancel()
+        filled, failed = len(self._results.done), len(self._results.failures)
+        left = f", {len(self._results.finished)} left as they were" if self._results.finished else ""
+        log.info("%d filled, %d failed%s, in %s", filled, failed, left, duration(time.monotonic() - begun))
 
     def _run(self, job: Job, share: bool) -> dict[str, Any] | None:
         """Return what was done, or None where another run does it."""
@@ -172,11 +177,12 @@ def _tell(job: Job, record: dict[str, Any], print_path: bool) -> None:
     if print_path:
         click.echo(record["output"])
     log.info(
-        "%s: %dx%d, %s, %d crops, %.2f s",
+        "%s: %dx%d, %s, %d %s, %.2f s",
         job.relative,
         record["width"],
         record["height"],
         record["strategy"],
         record["crops"],
+        "crop" if record["crops"] == 1 else "crops",
         record["seconds"],
     )

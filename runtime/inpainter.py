@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from .pictures.geometry import Mask, Size
 from .pictures.image_io import as_stored, open_mask, open_picture, orientation_of, upright
 from .pictures.masks import THRESHOLD, MaskSettings, check_mask, feathered
 from .pictures.previews import info_without_previews
-from .pictures.settings import CropSettings
+from .pictures.settings import CropSettings, network_working_size
 
 log = logging.getLogger(__name__)
 
@@ -300,12 +300,6 @@ def _hole(mask: Any, masks: MaskSettings) -> Mask:
     if isinstance(mask, Image.Image):
         return masks.hole(upright(mask, "the mask"))
     return masks.hole(np.asarray(mask))
-
-
-def network_working_size(config: Mapping[str, Any]) -> int:
-    """Return the working size that a model file gives for its network; that of misf-small for files without one."""
-    size = config.get("working_size")
-    return size if isinstance(size, int) and size >= 64 else CropSettings.working_size
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -118,7 +118,9 @@ class _MaskIndex:
         if relative.parent not in self._listed:
             self._listed[relative.parent] = self._list(self._root / relative.parent)
         same, paired = self._listed[relative.parent]
-        found = [path for path in same.get(relative.stem, ()) if not _same_file(path, image)]
+        # Beside the pictures only x_mask.png is a mask of x.jpg: x.png is another picture.
+        beside = _same_file(self._root / relative.parent, image.parent)
+        found = [] if beside else [path for path in same.get(relative.stem, ()) if not _same_file(path, image)]
         return tuple(found or paired.get(relative.stem, ()))
 
     @staticmethod
@@ -149,7 +151,7 @@ def check_output(job: Job, mask: Path | None, concat: bool, force: bool) -> None
         if path is not None and _same_file(job.output, path):
             raise ValueError(f"the output {job.output} is the {what} itself: name another, or pass --force")
     if not job.output_named:
-        raise ValueError(f"{job.output} exists already: pass --force to overwrite it")
+        raise ValueError(f"{job.output} exists already: pass --force to overwrite it, or --skip-existing to leave it")
 
 
 def _pictures(image: Path, mask: Path | None, output: Path, follow_links: bool) -> tuple[list[Path], list[Path]]:

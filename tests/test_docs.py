@@ -57,7 +57,7 @@ def folder(tmp_path: Path, tiny_checkpoint: Path) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     samples = sorted((ROOT / "runtime/samples").glob("*.jpg"))
     mask = ROOT / "runtime/samples/masks/astronaut.png"
-    for name in ("photographs", "drawings", "held-out", "masks", "odd"):
+    for name in ("photographs", "drawings", "held-out", "masks"):
         (tmp_path / name).mkdir()
     for sample in samples[:3]:
         for name in ("photographs", "drawings", "held-out"):

@@ -173,7 +173,10 @@ def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
         options |= {name: settings[name] for name in PACE if not _given(name)}
     if not resume:
         if folder.exists:
-            raise MisfError(f"{output} already holds a run: --resume goes on with it; or give another --output")
+            raise MisfError(
+                f"{output} already holds a run: continue it with --resume, or start another from its weights, "
+                f"--init-from {folder.weights} --output ANOTHER"
+            )
         if options["data"] is None:
             raise click.UsageError("--data is missing: a folder or a list of pictures")
         settings = _settings(options)
@@ -191,7 +194,10 @@ def _refuse_changes() -> None:
     given = [parameter.opts[0] for parameter in fixed if parameter.name and _given(parameter.name)]
     given = [option for option in given if option not in ("-v", "-q", "--version")]
     if given:
-        raise click.UsageError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}")
+        raise click.UsageError(
+            f"--resume continues with the run's own settings: leave out {', '.join(given)}, or start another run "
+            "from its weights with --init-from"
+        )
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +270,9 @@ def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
             f"{start.path} does not say by which recipe it was trained: give --recipe, one of {named}"
         )
     recipe = Recipe.from_json(start.recipe)
-    log.info("the recipe is that of %s, with %d steps (--steps, --recipe)", start.path.name, recipe.steps)
+    log.info(
+        "the recipe is the one that %s was trained by; --recipe, --steps and other options change it", start.path.name
+    )
     return recipe
 
 
@@ -318,21 +326,30 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     parts = ("seconds", int(recipe.seconds), int(trainer.elapsed_s))
     if not recipe.seconds:
         parts = ("steps", recipe.steps, trainer.step)
-    with progress(*parts, lines=fabric.is_global_zero) as step:
-        train(
-            trainer,
-            samples,
-            folder,
-            workers=options["workers"],
-            log_every=options["log_every"],
-            save_every=options["save_every"],
-            picture_every=options["picture_every"],
-            stop_at=STARTED + options["stop_after"] if options["stop_after"] else math.inf,
-            cases=cases,
-            progress=lambda done, text: (
-                step(int(trainer.elapsed_s), text=f"step {done}, {text}") if recipe.seconds else step(done, text=text)
-            ),
+    try:
+        with progress(*parts, lines=fabric.is_global_zero) as step:
+            train(
+                trainer,
+                samples,
+                folder,
+                workers=options["workers"],
+                log_every=options["log_every"],
+                save_every=options["save_every"],
+                picture_every=options["picture_every"],
+                stop_at=STARTED + options["stop_after"] if options["stop_after"] else math.inf,
+                cases=cases,
+                progress=lambda done, text: (
+                    step(int(trainer.elapsed_s), text=f"step {done}, {text}")
+                    if recipe.seconds
+                    else step(done, text=text)
+                ),
+            )
+    except KeyboardInterrupt:
+        saved = (
+            "there is no saved state yet" if not folder.state.exists() else f"the last state saved is in {folder.state}"
         )
+        log.info("at step %d, %s (--save-every): --resume continues from there", trainer.step, saved)
+        raise
     trainer.close()
     if fabric.is_global_zero:
         log.info("done; the weights:")

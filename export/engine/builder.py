@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ...runtime.engines.flavors import Flavor, load_flavor, logger_of, reason, u
 from ...runtime.engines.inspector import inspect, inspected_layers, inspected_proof
 from ...runtime.engines.network import build_config, parsed_network
 from ...runtime.engines.side_car import EngineInfo, Limits, this_platform, write_engine
+from ...runtime.pictures.settings import network_working_size
 from ..model_types import float_types
 from .monitor import cancellable, make_monitor
 
@@ -46,6 +47,8 @@ class EngineOptions:
     backend: str = "auto"
     """tensorrt, tensorrt-rtx or auto."""
     limits: Limits = DEFAULT_LIMITS
+    opt_by_network: bool = False
+    """Optimise for the network's working size, as far as the limits allow, whatever `limits.opt` says."""
     precision: str | None = None
     """fp32 or fp16: what the engine must come out as; None: what the ONNX file says."""
     workspace_gib: float | None = None
@@ -93,6 +96,8 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     """
     options = options or EngineOptions()
     model, config = read_model(source)
+    if options.opt_by_network:
+        options = replace(options, limits=_tuned(options.limits, network_working_size(config)))
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     asked = options.precision or metadata.get("misf.precision", "fp32")
     flavor = load_flavor(options.backend)
@@ -129,6 +134,12 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
     )
     write_engine(output, plan, info)
     return EngineReport(output, info, other_tools(flavor, source, asked, output, options.limits, plugin))
+
+
+def _tuned(limits: Limits, side: int) -> Limits:
+    """Return the limits with an optimum of side x side, or what they allow nearest to that."""
+    height, width = (min(max(side, limits.min[axis]), limits.max[axis]) for axis in (1, 2))
+    return replace(limits, opt=(limits.opt[0], height, width))
 
 
 def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:

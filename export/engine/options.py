@@ -39,7 +39,9 @@ _OPTIONS = (
         help="TensorRT, or TensorRT for RTX (no GPU needed to build, no plugin); auto: the first one installed.",
     ),
     click.option("--min-shape", type=HxW(), default="64x64", show_default=True, help="Smallest picture size."),
-    click.option("--opt-shape", type=HxW(), default="512x512", show_default=True, help="Picture size to optimise for."),
+    click.option(
+        "--opt-shape", type=HxW(), help="Picture size to optimise for.  [default: the network's working size]"
+    ),
     click.option("--max-shape", type=HxW(), default="1024x1024", show_default=True, help="Largest picture size."),
     click.option("--max-batch", type=click.IntRange(min=1), default=1, show_default=True, help="Largest batch."),
     click.option(
@@ -88,7 +90,8 @@ def parse_engine_options(values: dict[str, Any], precision: str | None) -> Engin
 
     if values["plugin"] and values["no_plugin"]:
         raise click.UsageError("--plugin and --no-plugin contradict each other: give one of them")
-    shapes = [values[f"{name}_shape"] for name in ("min", "opt", "max")]
+    chosen = values["opt_shape"]  # None: the builder takes the network's working size
+    shapes = [values["min_shape"], chosen or values["min_shape"], values["max_shape"]]
     for axis, side in enumerate(("height", "width")):
         sides = [shape[axis] for shape in shapes]
         if sides != sorted(sides):
@@ -104,6 +107,7 @@ def parse_engine_options(values: dict[str, Any], precision: str | None) -> Engin
     return EngineOptions(
         backend=values["backend"],
         limits=Limits((1, h0, w0), (batch, h1, w1), (batch, h2, w2)),
+        opt_by_network=chosen is None,
         precision=precision,
         workspace_gib=values["workspace"],
         opt_level=values["opt_level"],

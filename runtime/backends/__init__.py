@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import is_installed, need, need_onnx_runtime
-from ...plugins.shared.shipped import SHIPPED, shipped_model
+from ...plugins.shared.shipped import SHIPPED, shipped_checkpoint, shipped_model
 from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def open_backend(
     what the file or, on OpenVINO, the processor offers. Raises ValueError or MisfError for a file that is no such
     model, EnvironmentMismatch for a library or a GPU that was requested but is not there.
     """
-    path = shipped_model(model)
+    path = shipped_checkpoint(model) if backend == "pytorch" else shipped_model(model)
     device = parse_device(device or os.environ.get("MISF_DEVICE") or "auto")
     for what, value, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
         if value not in known:

@@ -163,6 +163,10 @@ def _holes(rng: np.random.Generator, height: int, width: int) -> Array:
     return holes
 
 
+SAMPLE_NAMES = ("astronaut", "chelsea", "coffee", "rocket")
+"""Whatever else a user has put beside them."""
+
+
 def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
     """Return the pictures of a folder as uint8 H,W,3 RGB, by name; the shipped samples by default.
 
@@ -172,7 +176,8 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
     """
     from ..pictures.image_io import read_rgb
 
-    names = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    names = [path for path in found if folder != SAMPLES or path.stem in SAMPLE_NAMES]
     if not names:
         raise ValueError(f"expected .jpg, .png or .webp pictures in {folder}, found none")
     return [read_rgb(name) for name in names]

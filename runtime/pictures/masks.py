@@ -176,7 +176,7 @@ def check_mask(mask: Mask, size: Size) -> None:
     if mask.shape != size:
         raise ValueError(
             f"the mask is {mask.shape[1]}x{mask.shape[0]} and the picture {size[1]}x{size[0]} (width x height): "
-            "give a mask of the picture's size (misf-run resizes it with --resize-mask)"
+            "give a mask of the picture's size, or have it resized (--resize-mask; resize_mask=True in Python)"
         )
     share = np.count_nonzero(mask) / mask.size
     if share == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 STRATEGIES = ("auto", "crop", "resize", "original")
 ABOUT = 1.5
@@ -34,3 +36,9 @@ class CropSettings:
         if self.strategy != "auto":
             return self.strategy
         return "original" if size[0] * size[1] <= ABOUT * self.working_size**2 else "crop"
+
+
+def network_working_size(config: Mapping[str, Any]) -> int:
+    """Return the working size that a model file gives for its network; that of misf-small for files without one."""
+    size = config.get("working_size")
+    return size if isinstance(size, int) and size >= 64 else CropSettings.working_size

@@ -190,7 +190,6 @@ def test_other_files(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["good.onnx"], 1, "good.plan exists: give --force"),
         (["good.onnx", "-o", "x.onnx"], 2, "expected a name that ends in .plan"),
         (["good.onnx", "-o", "missing/x.plan", *SMALL], 1, "cannot write missing/x.plan: No such file"),
-        (["good.onnx", "-o", "x.plan", "--max-shape", "100x100"], 2, "must not shrink: height 64, 512, 100"),
         (["good.onnx", "-o", "x.plan", "--min-shape", "64"], 2, "expected HxW"),
         (["good.onnx", "-o", "x.plan", "--plugin", "a.so", "--no-plugin"], 2, "contradict"),
         (["good.onnx", "-o", "x.plan", "--plugin", "a.so"], 1, "has no plugins"),
@@ -586,3 +585,12 @@ def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -
     assert tensorrt_api.reason(logger) == "profile 0 is missing"
     assert tensorrt_api.reason(logger) == "it gave no reason"  # an old error does not explain the next failure
     assert tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, "another object")) is logger
+
+
+def test_an_engine_is_tuned_for_the_networks_working_size_within_its_limits() -> None:
+    from misf.export.engine.builder import _tuned
+    from misf.runtime.engines.side_car import Limits
+
+    limits = Limits((1, 64, 64), (2, 512, 512), (2, 1024, 1024))
+    assert _tuned(limits, 256).opt == (2, 256, 256)
+    assert _tuned(Limits((1, 300, 64), (1, 0, 0), (1, 400, 200)), 256).opt == (1, 300, 200)

@@ -541,7 +541,7 @@ def test_files_that_are_no_model_of_ours_are_told_in_one_line(model: Path, backe
         "text.onnx": (b"this is no model" * 20, "is not an ONNX file, or a damaged one"),
         "cut.onnx": (whole[: len(whole) // 2], "is not an ONNX file, or a damaged one"),
         "engine.plan": (b"x", f"is a TensorRT engine, which {backend} cannot run: give the .onnx file"),
-        "notes.txt": (b"x", "is no model that we know by its name"),
+        "notes.txt": (b"x", "has no suffix of a model file"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)

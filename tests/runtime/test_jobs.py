@@ -60,3 +60,14 @@ def test_linked_folders_are_followed_once_and_never_in_a_circle(tmp_path: Path) 
     jobs, skipped = plan_jobs(inside, None, tmp_path / "out", follow_links=False)
     assert [str(job.relative) for job in jobs] == ["sub/sub.png"]
     assert [str(path) for path in skipped] == ["a", "b"]
+
+
+def test_beside_the_pictures_only_a_name_with_mask_is_a_mask(tmp_path: Path) -> None:
+    """x.jpg and x.png are two pictures with one mask; neither is the other's."""
+    for name in ("x.jpg", "x.png", "x_mask001.png"):
+        (tmp_path / name).write_bytes(b"")
+    jobs, _ = plan_jobs(tmp_path, tmp_path, tmp_path / "out")
+    assert {job.relative.name: [path.name for path in job.masks] for job in jobs} == {
+        "x.jpg": ["x_mask001.png"],
+        "x.png": ["x_mask001.png"],
+    }

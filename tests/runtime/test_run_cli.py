@@ -332,7 +332,7 @@ def test_transparent_parts_as_holes_become_opaque(model: Path, tmp_path: Path, r
         (["{model}", "{photo}", "{mask}", "-o", "no/such/out.png"], 1, "cannot write no/such/out.png: there is no"),
         (["{model}", "{empty}", "{mask}"], 1, "holds no pictures"),
         (["{model}", "{folder}", "{mask}", "-o", "{photo}"], 1, "is a folder and the output"),
-        (["{photo}", "{photo}", "{mask}"], 1, "is no model that we know by its name"),
+        (["{photo}", "{photo}", "{mask}"], 1, "has no suffix of a model file"),
         (["{plan}", "{photo}", "{mask}"], 1, "is a TensorRT engine, which onnxruntime cannot run"),
         (["{damaged}", "{photo}", "{mask}"], 1, "is not an ONNX file, or a damaged one"),
         (["{foreign}", "{photo}", "{mask}"], 1, "expected the inputs image [N, 3, H, W]"),
@@ -534,7 +534,7 @@ def test_a_bar_on_a_terminal_and_clean_results_in_a_pipe(model: Path, tmp_path: 
     assert process.returncode == 0
     assert b"pictures" in shown
     assert b"2/2" in shown
-    assert b"y.png: 80x60, original, 1 crops" in shown
+    assert b"y.png: 80x60, original, 1 crop" in shown
 
 
 def test_help_is_light(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_size_of_memory_that_is_not_told(
 def test_memory_that_tensorrt_does_not_take(gpu: FakeCudart, tiny_plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says so to its logger only."""
     monkeypatch.setattr(FakeContext, "update_device_memory_size_for_shapes", lambda _: 8)
-    with pytest.raises(MisfError, match="does not take 8 bytes to work in: the memory is too small"):
+    with pytest.raises(MisfError, match="rejects 8 bytes of scratch memory: the memory is too small"):
         open_backend(tiny_plan)(*picture_and_mask(1, 64, 64))
     assert not gpu.live
 
@@ -171,7 +171,7 @@ def test_another_gpu_than_the_first(
     assert {gpu.device_of[address] for address in gpu.live} == {1}
     gpu.current = 0
     ours, theirs = OnGpu(gpu, image), OnGpu(gpu, mask)
-    with pytest.raises(ValueError, match="image must lie on cuda:1, where the engine is, and is on cuda:0"):
+    with pytest.raises(ValueError, match="image must be on cuda:1, like the engine, but is on cuda:0"):
         engine(ours, theirs)  # type: ignore[arg-type]
     ours.__cuda_array_interface__["data"] = (8, False)
     with pytest.raises(ValueError, match="is in no GPU's memory"):
@@ -448,7 +448,7 @@ def test_devices_and_precision_that_do_not_fit(gpu: FakeCudart, tiny_plan: Path,
         open_backend(tiny_plan, precision="fp16")
     with pytest.raises(ValueError, match="which openvino cannot run"):
         open_backend(tiny_plan, backend="openvino")
-    with pytest.raises(ValueError, match="is no engine: build one"):
+    with pytest.raises(ValueError, match="is not an engine: build one"):
         open_backend(tiny_onnx, backend="tensorrt")
     gpu.compute_capability = (7, 5)
     with pytest.raises(EnvironmentMismatch, match=r"compute capability 8.0 and later, this GPU has 7.5"):

@@ -1,6 +1,6 @@
 """What a Triton server adds to the network's own time: HTTP, gRPC and shared memory, in turns with ONNX Runtime here.
 
-    python benchmarks/triton.py --host 127.0.0.1 --http-port 8000 --grpc-port 8001 --onnx small.onnx
+    python benchmarks/triton_server.py --host 127.0.0.1 --http-port 8000 --grpc-port 8001 --onnx small.onnx
 
 The server runs a repository of misf-export --triton with the same file. Every answer is compared with ONNX Runtime's.
 """
