@@ -40,6 +40,7 @@ from ...plugins.shared.files import written_whole
 from . import metadata, png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
 from .geometry import Mask
+from .masks import note_depth
 from .metadata import Metadata
 from .previews import without_jpegs
 from .tiff import ORIENTATION, without_orientation
@@ -233,6 +234,7 @@ def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
     data = _read(path) if data is None else data
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
+        note_depth(image)
         _load(path, image)
         return upright(image, path.name)
 
