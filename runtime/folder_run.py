@@ -117,9 +117,9 @@ def run_folder(filler: FileFiller, jobs: list[Job], results: Results, at_once: i
     def work(job: Job) -> dict[str, Any] | None:
         with log_about(f"{job.relative}: "):
             if not share:
-                return filler.run(job, go_on)
+                return filler.run(job, progress=go_on)
             with claimed(job.output) as ours:
-                return filler.run(job, go_on) if ours and not job.finished else None
+                return filler.run(job, progress=go_on) if ours and not job.finished else None
 
     with progress("pictures", len(jobs), lines=True) as step, ThreadPoolExecutor(at_once) as pool:
         waiting = iter(jobs)

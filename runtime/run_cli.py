@@ -105,7 +105,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Append a line of JSON for each picture as it is done: status done, exists or failed.",
+    help="Append a line of JSON for each file as it is done: status done, exists, failed or skipped (no picture).",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Write nothing; count pictures and crops and estimate the time they take."
