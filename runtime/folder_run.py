@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILURES = (MisfError, ValueError, OSError, MemoryError)
+LOOK_SECONDS = 0.2
+"""How often a run that has nothing else to do looks whether another has ended its picture."""
 
 
 @dataclass
@@ -101,8 +104,9 @@ def run_one(filler: FileFiller, jobs: list[Job], results: Results) -> None:
 def run_folder(filler: FileFiller, jobs: list[Job], results: Results, at_once: int, share: bool) -> None:
     """Run the jobs of a folder, `at_once` of them at a time; a failure of one does not stop the others.
 
-    With `share`, pictures that another run is at, or has done meanwhile, are left to it. When this run is interrupted,
-    each picture at work ends at its next crop without being written, and those that were written are in the results.
+    With `share`, pictures that another run is at come last, and are left to it once it has done them. When this run is
+    interrupted, each picture at work ends at its next crop without being written, and those that were written are in
+    the results.
 
     Threads share one model. With misf-small on two busy cores two at a time took a third to a half less time than one,
     and two processes, which load a model each, were not faster than that.
@@ -110,34 +114,44 @@ def run_folder(filler: FileFiller, jobs: list[Job], results: Results, at_once: i
     begun = time.monotonic()
     interrupted = threading.Event()
 
-    def go_on(_done: int, _total: int) -> None:
+    def go_on(_done: int = 0, _total: int = 0) -> None:
         if interrupted.is_set():
             raise KeyboardInterrupt
 
-    def work(job: Job) -> dict[str, Any] | None:
+    def work(job: Job, last: bool) -> dict[str, Any] | None:
         with log_about(f"{job.relative}: "):
-            if not share:
-                return filler.run(job, progress=go_on)
-            with claimed(job.output) as ours:
-                return filler.run(job, progress=go_on) if ours and not job.finished else None
+            while share:
+                with claimed(job.output) as ours:
+                    if ours:
+                        return None if job.finished else filler.run(job, progress=go_on)
+                if not last:
+                    return None
+                go_on()
+                time.sleep(LOOK_SECONDS)
+            return filler.run(job, progress=go_on)
 
     with progress("pictures", len(jobs), lines=True) as step, ThreadPoolExecutor(at_once) as pool:
-        waiting = iter(jobs)
-        running: dict[Future[dict[str, Any] | None], Job] = {}
+        waiting = deque((job, False) for job in jobs)
+        running: dict[Future[dict[str, Any] | None], tuple[Job, bool]] = {}
         try:
-            for number in range(len(jobs)):
-                while len(running) < at_once and (job := next(waiting, None)):
-                    running[pool.submit(work, job)] = job
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                first = next(iter(done))
-                _note(results, running.pop(first), first)
-                step(number + 1, len(jobs))
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    job, last = waiting.popleft()
+                    running[pool.submit(work, job, last)] = job, last
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, last = running.pop(future)
+                    if not last and future.exception() is None and future.result() is None and not job.finished:
+                        waiting.append((job, True))  # another run is at it
+                    else:
+                        _note(results, job, future)
+                step(len(jobs) - len(waiting) - len(running))
         except BaseException:
             interrupted.set()
             for future in wait([future for future in running if not future.cancel()]).done:
-                if not isinstance(future.exception(), KeyboardInterrupt):
+                failure = future.exception()
+                if isinstance(failure, FAILURES) or (failure is None and future.result()):
                     with contextlib.suppress(OSError):  # of stdout or the report, which may be why the run ends
-                        _note(results, running[future], future)
+                        _note(results, running[future][0], future)
             raise
     left = f", {len(results.finished)} left as they were" if results.finished else ""
     log.info(

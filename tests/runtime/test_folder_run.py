@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,16 +156,36 @@ def test_an_interrupted_run_stops_at_the_next_crop_and_tells_what_it_wrote(tmp_p
     assert results.failures == []
 
 
-def test_a_claim_goes_with_its_process(tmp_path: Path) -> None:
-    output = tmp_path / "x.png"
-    code = f"""
+CLAIMING = """
 import pathlib, sys, time
 from misf.runtime.folder_run import claimed
-with claimed(pathlib.Path({str(output)!r})) as ours:
+with claimed(pathlib.Path(sys.argv[1])) as ours:
     print(ours, flush=True)
     time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+
+
+@pytest.mark.timeout(120)
+def test_what_a_killed_run_was_at_is_done_by_the_other(model: Path, folder: Path) -> None:
+    command = [sys.executable, "-c", CLAIMING, folder / "out/05.png"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        with ThreadPoolExecutor() as pool:
+            result = pool.submit(run, model, folder, "out", "--skip-existing")
+            while len(list((folder / "out").glob("[0-9]*.png"))) < 11:
+                assert not result.done()
+                time.sleep(0.01)
+            time.sleep(0.5)
+            assert not result.done()
+            os.kill(other.pid, signal.SIGKILL)
+            assert result.result(timeout=60).exit_code == 5
+    assert sorted(contents(folder / "out")) == [f"{number:02d}.png" for number in range(12)]
+
+
+def test_a_claim_goes_with_its_process(tmp_path: Path) -> None:
+    output = tmp_path / "x.png"
+    with subprocess.Popen([sys.executable, "-c", CLAIMING, output], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "True\n"
         with claimed(output) as ours:
