@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
 from .pictures.crops import plan_crops
 from .pictures.geometry import Box, Mask, Size
-from .pictures.image_io import open_mask, open_picture, output_format
+from .pictures.image_io import open_mask, open_picture, stored_size, written_format
 from .pictures.masks import check_mask, feathered, resized_mask
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class FileFiller:
         started = time.perf_counter()
         mask_path = None if self._mask is None else find_mask(job, self._mask)
         check_output(job, mask_path, self._concat, self._force)
-        target = output_format(job.output)
+        target = written_format(job.output, job.image)
         picture = open_picture(job.image, target)
         height, width = picture.canvas.size
         masks = self._inpainter.masks
@@ -59,7 +58,7 @@ class FileFiller:
         if mask_path is None:
             picture.make_opaque(hole)
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(job.output, changed=report.hole_pixels > 0)
+        picture.save(job.output, report.hole_pixels > 0, target or picture.format)
         record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
         if before is not None:
             _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
@@ -76,11 +75,9 @@ class FileFiller:
             mask_path = None if self._mask is None else find_mask(job, self._mask)
             check_output(job, mask_path, self._concat, self._force)
             masks, hole = self._inpainter.masks, self._read_mask(mask_path or job.image)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(job.image) as image:
-                    sizes = [(image.height, image.width), (image.width, image.height)]
-            size = sizes[1] if hole.shape == sizes[1] else sizes[0]  # whether it is turned, the mask knows too
+            size = stored_size(job.image)
+            if hole.shape == size[::-1]:
+                size = hole.shape  # the picture is turned by its EXIF; the mask is for what is displayed
             hole = masks.fitted(hole, size)
             check_mask(hole, size)
             hole = feathered(hole, masks.feather) > 0 if masks.feather else hole
@@ -90,12 +87,12 @@ class FileFiller:
         """Fill a picture and encode it without writing it, and return how it was filled. Errors as of `run`."""
         with _known_failures(job):
             mask_path = None if self._mask is None else find_mask(job, self._mask)
-            target = output_format(job.output)
+            target = written_format(job.output, job.image)
             picture = open_picture(job.image, target)
             masks = self._inpainter.masks
             hole = masks.fitted(self._read_mask(mask_path or job.image), picture.canvas.size)
             report = self._inpainter.fill(picture.canvas, hole, feather=masks.feather)
-            picture.encoded(target, changed=report.hole_pixels > 0)
+            picture.encoded(target or picture.format, changed=report.hole_pixels > 0)
             return report
 
     def _decode_mask(self, path: Path) -> Mask:

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .pictures.image_io import FORMATS, output_format
+from .pictures.image_io import FORMATS, looks_like_picture, written_format
 
 MASK_NAME = re.compile(r"(.+)_mask\d*")  # LaMa's pairs: x.png and x_mask001.png side by side
 
@@ -73,7 +73,7 @@ def _single_job(image: Path, output: Path | None) -> Job:
     elif not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
     else:
-        output_format(output)
+        written_format(output, image)
     return Job(image, output, named, Path(image.name), output.with_name(f"{output.stem}_concat.png"))
 
 
@@ -188,6 +188,8 @@ def _real(path: Path) -> Path:
 
 
 def _is_picture(path: Path) -> bool:
+    if not path.suffix:
+        return path.is_file() and looks_like_picture(path)
     return path.suffix.lower() in FORMATS and path.is_file()
 
 

@@ -37,6 +37,13 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
         raise click.BadParameter(str(error)) from error
 
 
+def _max_pixels(_context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = -(-value // 2)  # Pillow warns from this on, and refuses from twice this on
+
+
 @command("misf-run")
 @click.argument("model", type=ModelFile())
 @click.argument("image", type=EXISTING)
@@ -93,6 +100,13 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option(
     "--skip-existing", is_flag=True, help="Skip pictures whose output exists, to continue an interrupted run."
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    callback=_max_pixels,
+    expose_value=False,
+    help="Refuse pictures of more pixels than this, as bombs.  [default: Pillow's limit, 179 million]",
 )
 @click.option("--no-follow-links", is_flag=True, help="Do not follow links to folders.")
 @click.option(
@@ -210,11 +224,11 @@ def _planned(
 ) -> tuple[list[Job], list[Job], list[Path]]:
     """Return the jobs to do, those whose output is there, and the files that are no pictures."""
     from .jobs import plan_jobs
-    from .pictures.image_io import output_format
+    from .pictures.image_io import written_format
 
     if output is not None and not image.is_dir() and not output.is_dir():
         try:
-            output_format(output)
+            written_format(output, image)
         except ValueError as error:
             raise click.BadParameter(f"{error}, or a folder that exists", param_hint="--output") from error
     jobs, skipped = plan_jobs(image, mask, output, follow_links)

@@ -326,3 +326,22 @@ def test_a_transparent_grey_becomes_alpha(tmp_path: Path, bits: int, levels: int
         with Image.open(_result(tmp_path / "in.png", tmp_path / f"out{suffix}")) as image:
             alpha = np.asarray(image.convert("RGBA"))[0, :, 3]
         assert alpha.tolist() == [0 if sample == key else 255 for sample in samples]
+
+
+def test_odd_exif_makes_no_warning_of_pillow(tmp_path: Path) -> None:
+    path = tmp_path / "in.jpg"
+    longer = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 270, 5, 5, 0, 0)  # five rationals, of a file that has none
+    head = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(longer) + 8) + b"Exif\0\0" + longer
+    path.write_bytes(head + _jpeg(PIXELS)[20:])  # without JFIF, whose resolution Pillow would take
+    with pytest.warns(UserWarning, match="larger than file"), Image.open(path):
+        pass
+    assert open_picture(path, "JPEG").canvas.size == (48, 64)
+
+
+def test_a_number_that_begins_like_a_jpeg_takes_nothing_with_it(tmp_path: Path) -> None:
+    path, number, alike = tmp_path / "in.png", struct.pack("<d", 2.5), b"\xff\xd8\xff\0abcd"
+    exif, plain = (_exif("<", 6, preview).replace(number, alike) for preview in (PREVIEW, b""))
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    data = _result(path).read_bytes()
+    assert plain in data
+    assert PREVIEW[20:] not in data
