@@ -274,9 +274,9 @@ def looks_like_picture(path: Path) -> bool:
 def written_format(output: Path, source: Path) -> str | None:
     """Return Pillow's name of the format for an output, None for that of the picture's bytes.
 
-    The suffix says it, unless it is the source's too, or there is none. Raises ValueError for a suffix of no format.
+    The suffix says it, unless it is the source's too. Raises ValueError for a suffix of no format.
     """
-    if output.suffix.lower() in ("", source.suffix.lower()):
+    if output.suffix.lower() == source.suffix.lower():
         return None
     return output_format(output)
 

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,7 +257,3 @@ def _serve_by_workers(settings: ServerSettings, listener: socket.socket, address
         if any(process.exitcode not in (0, -signal.SIGTERM) for process in supervisor.processes):
             raise MisfError("a worker failed; its lines above say why")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,6 +27,7 @@ from misf.runtime.pictures.canvas import PillowCanvas, Pixels
 from misf.runtime.pictures.geometry import Box, Mask
 
 from ...support.page_server import Site, served
+from ...support.serving import serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not tested")
 
@@ -454,6 +455,34 @@ def test_a_static_folder_fills_in_the_browser(web_folders: dict[str, Path], open
     assert not changed[~near].any()
 
 
+def test_misf_serve_fills_there_or_here(web_folders: dict[str, Path], opened: Open) -> None:
+    """The real server, with the page that comes with misf and with a folder of misf-export --web."""
+    data = photograph((300, 420))
+    with serving(shipped_model("misf-small")) as client:
+        page = opened(str(client.base_url))
+        page.locator("#samples button").first.click()
+        page.wait_for_selector("#about:has-text('astronaut')")
+        assert not page.locator("#where").is_visible()
+    with serving(shipped_model("misf-small"), page=str(web_folders["fp16"])) as client:
+        page = opened(str(client.base_url))
+        assert page.evaluate("crossOriginIsolated")
+        give(page, "cup.png", data)
+        page.fill("#feather", "6")
+        stroke(page, (300, 420), (0.3, 0.3), (0.5, 0.35))
+        filled(page)
+        _, there = downloaded(page)
+        page.keyboard.press("Control+z")
+        page.wait_for_selector("#fill:enabled")
+        page.check("[name=where][value=browser]")
+        filled(page)
+        _, here = downloaded(page)
+    changed = (pixels(there) != pixels(data)).any(axis=-1)
+    assert 0.02 < changed.mean() < 0.2
+    difference = pixels(here).astype(int) - pixels(there)
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.01
+
+
 def test_the_page_works_again_without_a_network(web_folders: dict[str, Path], opened: Open) -> None:
     with served(web_folders["fp16"]) as site:
         page = opened(site.url, expected="ERR_CONNECTION_REFUSED")
@@ -631,3 +660,25 @@ def test_pictures_of_the_page_for_the_documents(site: Site, opened: Open, tmp_pa
         path = folder / f"page-{scheme}.jpg"
         page.screenshot(path=path, type="jpeg", quality=82)
         assert path.stat().st_size < 150_000
+
+
+def test_a_sample_is_filled_on_misf_serve(opened: Open) -> None:
+    """The real server, with its headers, its content security policy and its limits."""
+    with serving(Path("misf-small")) as client:
+        page = opened(str(client.base_url))
+        assert page.evaluate("crossOriginIsolated")
+        with Image.open(SAMPLES / "chelsea.jpg") as sample:
+            size, before = (sample.height, sample.width), np.asarray(sample.convert("RGB"))
+        page.click("#samples button:has(img[src*='chelsea'])")
+        page.wait_for_selector("#about:has-text('chelsea')")
+        stroke(page, size, (0.4, 0.4), (0.55, 0.45))
+        filled(page)
+        name, data = downloaded(page)
+        after = pixels(data)
+    assert Path(name).suffix == ".jpg"
+    assert after.shape == before.shape
+    changed = np.abs(after.astype(int) - before).max(axis=2) > 40
+    assert changed.any()
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), columns.min()) > (size[0] * 0.2, size[1] * 0.2)
+    assert (rows.max(), columns.max()) < (size[0] * 0.7, size[1] * 0.8)

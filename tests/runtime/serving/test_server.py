@@ -501,6 +501,7 @@ def test_the_page_is_served_with_types_and_headers(model: Path, tmp_path: Path) 
     (tmp_path / "index.html").write_text("<!doctype html>")
     for name in ("a.mjs", "a.js", "a.wasm", "a.css"):
         (tmp_path / name).write_text("")
+    (tmp_path / "page.json").write_text('{"server": false, "network": {"file": "x.onnx"}}')  # as misf-export --web does
     (tmp_path.parent / "secret.txt").write_text("secret")
     with serving(model, page=str(tmp_path)) as client:
         front = client.get("/")
@@ -519,6 +520,7 @@ def test_the_page_is_served_with_types_and_headers(model: Path, tmp_path: Path) 
             "a.wasm": "application/wasm",
             "a.css": "text/css",
         }
+        assert client.get("/page.json").json() == {"server": True, "network": {"file": "x.onnx"}}
         for path in ("/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "//etc/passwd"):
             assert client.get(path).status_code == 404
         assert client.get("/api/v1/model").status_code == 200
