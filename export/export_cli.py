@@ -256,7 +256,7 @@ def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network
         return
     log.info("a visitor loads %.1f MB, once", report.visit_bytes / 1e6)
     log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
-    click.echo(str(report.folder))
+    print_line(str(report.folder))
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:
