@@ -11,10 +11,10 @@ What happens to each kind (known pixel: one outside the hole):
     16-bit colour TIFF, 32-bit numbers     refused: Pillow would drop bits without a word
     CMYK (JPEG, TIFF)                      stays CMYK, filled through its profile; as another format it becomes RGB
     rotated by EXIF                        filled as it is displayed, stored turned as before (TIFF, BMP: upright)
-    JPEG                                   written with the tables and the subsampling it had; other input: quality 95
+    JPEG                                   written with the tables and the subsampling it had, as RGB, CMYK or YCCK if
+                                           it was; other input: quality 95
     WebP                                   lossless stays lossless; else quality 95
     AVIF, HEIC                             quality 95, stored upright; HEIC needs the extra heic
-    JPEG without colour transform (RGB)    stays RGB
     several frames or pages                refused (of an MPO, a phone's JPEG with extras, the main picture is taken)
 
 What the file says about its picture is carried by metadata.py, without previews: they would show what was removed.
@@ -35,12 +35,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, JpegImagePlugin, UnidentifiedImageError
 
 from ...plugins.shared.command import one_line
 from ...plugins.shared.extras import is_installed, pip_install
 from ...plugins.shared.files import written_whole
-from . import metadata, png16
+from . import jpeg, metadata, png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
 from .geometry import Mask, Size
 from .masks import note_depth
@@ -139,13 +139,15 @@ class Picture:
                 image = image.transpose(DISPLAYS[turn_back])
         image.info = {key: image.info[key] for key in ("transparency", "background", "comment") if key in image.info}
         buffer = io.BytesIO()
+        ycck = format_ == self.format == "JPEG" and self.info.get("ycck")
         try:
+            image = jpeg.to_ycck(image) if ycck else image
             image.save(buffer, format_, **self._options(format_, said))
         except (OSError, ValueError, SystemError) as error:
             raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
         encoded = buffer.getvalue()
         if format_ == "JPEG":
-            return metadata.add_to_jpeg(self.name, encoded, said)
+            return metadata.add_to_jpeg(self.name, jpeg.marked_ycck(encoded) if ycck else encoded, said)
         if format_ == "PNG":
             return metadata.add_to_png(encoded, metadata.png_chunks(said, same))
         return metadata.add_to_tiff(encoded, said) if format_ == "TIFF" else encoded
@@ -177,7 +179,7 @@ class Picture:
             options |= {key: value for key, value in (("exif", exif), ("xmp", said.xmp)) if value}
         if format_ == "JPEG":
             if same:
-                kept = ("qtables", "subsampling", "comment", "keep_rgb")
+                kept = ("qtables", "subsampling", "keep_rgb", "quality", "comment")
                 options |= {key: self.info[key] for key in kept if key in self.info}
                 options["progressive"] = bool(self.info.get("progressive"))
             else:
@@ -218,10 +220,14 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         target = write_as or format_
         info: dict[str, Any] = {str(key): value for key, value in image.info.items()}
         if isinstance(image, JpegImagePlugin.JpegImageFile):
-            info |= _jpeg_coding(image)
+            info |= jpeg.options_of(path.name, image)
+        if format_ == "HEIF":
+            _warn_of_heif(path.name, info)
         raw_mode = png16.raw_mode(image)
         _refuse_deep_tiff(path, image)
-        _load(path, image)
+        _load(path, image, data)
+        if info.get("inks_inverted"):
+            image.paste(ImageChops.invert(image))
         said = metadata.read_metadata(path.name, image, data)
         orientation = 1 if format_ == "TIFF" else said.orientation  # Pillow turns a TIFF while it reads it
         info["icc_profile"] = image.info["icc_profile"] = said.icc or None
@@ -240,24 +246,6 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
             working = _working_mode(path, image, target, data[24] if format_ == "PNG" else 8)
             canvas = PillowCanvas(working.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else working)
     return Picture(canvas, format_, orientation, said, info, data, path.name)
-
-
-def _jpeg_coding(image: JpegImagePlugin.JpegImageFile) -> dict[str, Any]:
-    """Return the keyword arguments for Pillow's save() with which a JPEG is coded as this one is.
-
-    Tables by component, since a file may give them any number of 0 to 3, and Pillow writes the first for luminance or
-    RGB, the second for the rest.
-    """
-    coding: dict[str, Any] = {"subsampling": JpegImagePlugin.get_sampling(image)}
-    numbers = [layer[3] for layer in image.layer[:2]]
-    if all(number in image.quantization for number in numbers):
-        coding["qtables"] = [image.quantization[number] for number in numbers]
-    names = bytes(layer[0] for layer in image.layer)
-    # As libjpeg tells them apart: Adobe's marker says so, or without any marker the components' names.
-    plain = image.info.get("adobe_transform") == 0
-    if image.mode == "RGB" and (plain or (names == b"RGB" and not {"jfif", "adobe"} & set(image.info))):
-        coding["keep_rgb"] = True
-    return coding
 
 
 def looks_like_picture(path: Path) -> bool:
@@ -287,7 +275,7 @@ def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
         note_depth(image)
-        _load(path, image)
+        _load(path, image, data)
         return upright(image, path.name)
 
 
@@ -311,6 +299,7 @@ def read_rgb(path: str | os.PathLike[str], short_side: int | None = None) -> NDA
     Raises ValueError, one line naming the file, when it cannot be read or decoded completely.
     """
     try:
+        _readable()  # HEIC too, where it can be read
         # From memory: Pillow maps a plain grey TIFF that it opens by name, and turns it wrong.
         with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:
             ratio = max(opened.size) / min(opened.size)
@@ -382,7 +371,7 @@ def _readable() -> tuple[str, ...]:
     return (*READABLE, "HEIF")
 
 
-def _load(path: Path, image: Image.Image) -> None:
+def _load(path: Path, image: Image.Image, data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata; what matters is an exception
@@ -390,6 +379,11 @@ def _load(path: Path, image: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # as above
+        whole = jpeg.without_end(data) if image.format == "JPEG" else None
+        if whole is not None:
+            log.warning("%s: the JPEG has no end marker; its pixels are complete", path)
+            image.im, image.tile = whole.im, []  # type: ignore[attr-defined]
+            return
         raise ValueError(f"{path} is damaged and cannot be decoded: {error}") from error
     if image.mode in ("P", "PA") and image.palette is None:
         raise ValueError(f"{path} is damaged: its pixels are indices into a palette, and the palette is missing")
@@ -399,6 +393,14 @@ def _refuse_frames(path: Path, image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise ValueError(f"{path} has {frames} frames or pages: expected a single picture")
+
+
+def _warn_of_heif(name: str, info: dict[str, Any]) -> None:
+    there = {"depth maps": info.get("depth_images"), "auxiliary pictures, such as gain maps": info.get("aux")}
+    lost = [what for what, found in there.items() if found]
+    lost += ["more than 8 bits a channel"] if info.get("bit_depth", 8) > 8 else []
+    if lost:
+        log.warning("%s: %s cannot be kept", name, ", ".join(lost))
 
 
 def _refuse_deep_tiff(path: Path, image: Image.Image) -> None:

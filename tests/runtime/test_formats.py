@@ -109,18 +109,37 @@ def test_odd_numbers_of_quantization_tables(photo: Image.Image, inpaint: Inpaint
     assert list(filled.quantization.values()) == list(original.quantization.values())
 
 
-def test_cmyk_of_adobe_comes_back_with_the_same_inks(photo: Image.Image, inpaint: Inpainter) -> None:
-    inks = photo.convert("CMYK")
-    filled = Image.open(io.BytesIO(inpaint.inpaint_file(saved(inks, "JPEG", quality=95), HOLE)))
-    assert filled.mode == "CMYK"
-    difference = np.abs(np.asarray(filled, float) - np.asarray(inks, float))
-    assert difference[:, :24].mean() < 3
-    assert np.asarray(filled)[24:32, 46:58, :3].max() < 12  # white is no ink
+def test_cmyk_jpegs_of_every_kind_keep_their_inks(photo: Image.Image, inpaint: Inpainter) -> None:
+    """Adobe's, without a mark, and YCCK by its definition (libjpeg, jccolor.c)."""
+    inks = np.asarray(photo.convert("CMYK")).copy()
+    inks[..., 3] = np.arange(96) * 2
+    adobe = saved(Image.fromarray(inks, "CMYK"), "JPEG", quality=95, subsampling=0)
+    at = adobe.index(b"\xff\xee\x00\x0eAdobe")
+    plain = saved(Image.fromarray(255 - inks, "CMYK"), "JPEG", quality=95, subsampling=0)
+    plain = plain[:at] + plain[at + 16 :]
+    luma = np.asarray(Image.fromarray(np.ascontiguousarray(inks[..., :3])).convert("YCbCr"))
+    stored = 255 - np.dstack([luma, 255 - inks[..., 3]])
+    ycck = saved(Image.fromarray(stored, "CMYK"), "JPEG", quality=95, subsampling=0)
+    ycck = ycck[: at + 15] + b"\x02" + ycck[at + 16 :]
+    for name, data, transform in (("adobe", adobe, 0), ("plain", plain, 0), ("ycck", ycck, 2)):
+        result = inpaint.inpaint_file(data, HOLE)
+        assert result[result.index(b"\xff\xee\x00\x0eAdobe") + 15] == transform, name
+        with Image.open(io.BytesIO(result)) as filled:
+            difference = np.abs(np.asarray(filled, float) - inks)
+        assert difference[:, :24].mean() < 4, name
+        assert np.asarray(filled)[24:32, 46:58, :3].max() < 16, name  # white is no ink
 
 
-def test_a_jpeg_without_its_end_is_one_line(photo: Image.Image, inpaint: Inpainter) -> None:
-    data = saved(photo, "JPEG")
-    for cut in (2, len(data) // 3):
+@pytest.mark.parametrize("progressive", [True, False])
+def test_a_jpeg_without_its_end_is_whole_or_damaged(
+    progressive: bool, photo: Image.Image, inpaint: Inpainter, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = saved(photo, "JPEG", quality=95, progressive=progressive)
+    for missing in (1, 2):
+        caplog.clear()
+        check(photo, inpaint.inpaint_file(data[:-missing], HOLE, "x.jpg"), 3)
+        assert "x.jpg: the JPEG has no end marker" in caplog.text
+    for cut in (12, 400, len(data) // 3):
         with pytest.raises(ValueError, match=r"x\.jpg is damaged and cannot be decoded"):
             inpaint.inpaint_file(data[:-cut], HOLE, "x.jpg")
 
