@@ -99,7 +99,9 @@ def _max_pixels(_context: click.Context, _parameter: click.Parameter, value: int
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option(
-    "--skip-existing", is_flag=True, help="Skip pictures whose output exists, to continue an interrupted run."
+    "--skip-existing",
+    is_flag=True,
+    help="Skip pictures whose output exists, to continue an interrupted run; runs at the same time share the work.",
 )
 @click.option(
     "--max-pixels",
