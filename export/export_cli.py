@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import command, print_json
+from ..plugins.shared.command import command, print_json, print_line
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need, need_onnx_runtime
 from ..plugins.shared.files import sha256, written_whole
@@ -210,7 +210,7 @@ def main(
 
     Console().print(results_table(report.results, f"{report.path.name} ({precision}) against PyTorch float32"))
     log.info("run it: misf-run %s image.png mask.png", report.path)
-    click.echo(str(report.path))
+    print_line(str(report.path))
 
 
 def _triton(folder: Path, model: Path, backend: str) -> None:
@@ -262,7 +262,7 @@ def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network
         return
     log.info("a visitor loads %.1f MB, once", report.visit_bytes / 1e6)
     log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
-    click.echo(str(report.folder))
+    print_line(str(report.folder))
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:

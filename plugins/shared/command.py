@@ -58,9 +58,21 @@ def misf_version() -> str:
     return version("misf")
 
 
+def print_line(text: str) -> None:
+    """Print a result on stdout, at once; characters that its encoding lacks as the bytes of a file name.
+
+    click.echo would write past a progress bar, and question marks for those characters.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        error.filename = "stdout"  # for one_line
+        raise
+
+
 def print_json(document: object) -> None:
     """Print a command's JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2))
+    print_line(json.dumps(document, indent=2))
 
 
 def wants_progress_bar() -> bool:

@@ -42,7 +42,8 @@ from ...plugins.shared.extras import is_installed, pip_install
 from ...plugins.shared.files import written_whole
 from . import jpeg, metadata, png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
-from .geometry import Mask
+from .geometry import Mask, Size
+from .masks import note_depth
 from .metadata import Metadata
 from .previews import without_jpegs
 from .tiff import ORIENTATION, without_orientation
@@ -273,8 +274,21 @@ def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
     data = _read(path) if data is None else data
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
+        note_depth(image)
         _load(path, image, data)
         return upright(image, path.name)
+
+
+def stored_size(path: Path) -> Size:
+    """Return H,W of a picture as it is stored, by its header where that will do. Errors as in `open_picture`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_readable()) as image:
+                return image.height, image.width
+    except Exception:  # no picture, or one that is read with what is odd in it left out
+        with _guarded(path), _opened(path, _read(path)) as image:
+            return image.height, image.width
 
 
 def read_rgb(path: str | os.PathLike[str], short_side: int | None = None) -> NDArray[np.uint8]:

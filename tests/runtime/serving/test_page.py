@@ -572,9 +572,9 @@ class Watched(PillowCanvas):
         super().__init__(image)
         self.fills: NDArray[np.float32] = np.zeros((*self.size, 3), np.float32)
 
-    def paste(self, box: Box, fill: Pixels, hole: Mask) -> None:
+    def paste(self, box: Box, fill: Pixels, hole: Mask, weights: NDArray[np.float32] | None = None) -> None:
         self.fills[box.slices][hole] = fill[hole]
-        super().paste(box, fill, hole)
+        super().paste(box, fill, hole, weights)
 
 
 IN_THE_PAGE = """async ([image, boxes, width, height, runs]) => {
