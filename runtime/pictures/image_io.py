@@ -130,7 +130,9 @@ class Picture:
         image.info = {key: image.info[key] for key in ("transparency", "background", "comment") if key in image.info}
         buffer = io.BytesIO()
         try:
-            image.save(buffer, format_, **self._options(format_, said))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd EXIF, which Pillow reads again for AVIF and WebP
+                image.save(buffer, format_, **self._options(format_, said))
         except (OSError, ValueError, SystemError) as error:
             raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
         encoded = buffer.getvalue()
