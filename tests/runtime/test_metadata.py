@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 
 from misf.runtime.pictures import png16
 from misf.runtime.pictures.image_io import open_picture
@@ -348,16 +348,12 @@ def test_a_number_that_begins_like_a_jpeg_takes_nothing_with_it(tmp_path: Path) 
     assert PREVIEW[20:] not in data
 
 
-@pytest.mark.parametrize("target", [".webp", ".avif"])
-def test_a_value_as_long_as_all_of_exif_leaves_the_orientation(tmp_path: Path, target: str) -> None:
+def test_a_value_as_long_as_all_of_exif_leaves_the_orientation(tmp_path: Path) -> None:
     path = tmp_path / "in.webp"
-    rows = struct.pack("<HHIIHHIHH", 270, 3, 19, 0, 0x0112, 3, 1, 6, 0)
-    exif = b"II*\0" + struct.pack("<IH", 8, 2) + rows + bytes(4)
+    exif = b"II*\0" + struct.pack("<IHHHIIHHIHHI", 8, 2, 270, 3, 19, 0, 0x0112, 3, 1, 6, 0, 0)
     assert len(exif) == 38
-    Image.fromarray(PIXELS).save(path, lossless=True, exif=exif)
-    output = _result(path, tmp_path / f"out{target}")
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    assert open_picture(path, "WEBP").canvas.size == (64, 48)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(output) as image:
-            assert ImageOps.exif_transpose(image).size == (48, 64)
-            assert target == ".avif" or np.array_equal(np.asarray(image), PIXELS)
+        warnings.simplefilter("error")
+        open_picture(path, "AVIF").encoded("AVIF")
