@@ -1,4 +1,4 @@
-"""misf-export: a checkpoint becomes an ONNX file, or an engine."""
+"""misf-export: a checkpoint becomes an ONNX file, an engine, or a page that fills pictures in the browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 @command("misf-export")
 @click.option(
     "--checkpoint",
-    required=True,
     type=ModelFile(weights=True),
     help="Weights: .safetensors, .pt or .pth, the authors' files included; or the name misf-small.",
 )
@@ -71,6 +70,20 @@ log = logging.getLogger(__name__)
     "OpenVINO's. Not for engines.",
 )
 @click.option(
+    "--web",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write a web page that fills pictures in the visitor's browser, for any file server: docs/browser.md.",
+)
+@click.option(
+    "--onnx", type=ModelFile(), help="For --web: an ONNX file, or the name misf-small, in place of --checkpoint."
+)
+@click.option(
+    "--onnxruntime-web",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="For --web: the unpacked npm package onnxruntime-web.  [default: fetched with npm]",
+)
+@click.option(
     "--triton",
     type=click.Path(file_okay=False, path_type=Path),
     help="Also write a model repository for NVIDIA Triton into this folder.",
@@ -89,7 +102,7 @@ log = logging.getLogger(__name__)
 def main(
     ctx: click.Context,
     /,
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: NetworkConfig | None,
     precision: str | None,
     fp16: bool,
@@ -97,6 +110,9 @@ def main(
     calibration: Path | None,
     range_limit: float,
     inline_functions: bool,
+    web: Path | None,
+    onnx: Path | None,
+    onnxruntime_web: Path | None,
     triton: Path | None,
     triton_backend: str,
     force: bool,
@@ -115,9 +131,32 @@ def main(
     Example:
         misf-export --checkpoint best.pt --fp16
         misf-export --checkpoint best.pt --fp16 -o best.plan
+        misf-export --checkpoint best.pt --web site
     """
     if fp16 and precision == "fp32":
         raise click.UsageError("--fp16 and --precision fp32 contradict each other: give one of them")
+    if web is None and (onnx or onnxruntime_web):
+        raise click.UsageError("--onnx and --onnxruntime-web are for --web FOLDER")
+    if (checkpoint is None) == (onnx is None):
+        raise click.UsageError("give --checkpoint, or with --web either --checkpoint or --onnx")
+    if web is not None:
+        others = {"--output": output, "--triton": triton, "--inline-functions": inline_functions}
+        if flags := [*given(ctx), *(flag for flag, value in others.items() if value)]:
+            raise click.UsageError(f"{', '.join(flags)}: not with --web, which writes a folder of its own")
+        if onnx and (fp16 or precision or config):
+            raise click.UsageError("--onnx is a file as it is: --precision, --fp16 and --config are for --checkpoint")
+        chosen = "fp16" if fp16 else precision or "fp16"
+        _web(
+            web,
+            force,
+            as_json,
+            onnxruntime_web,
+            lambda scratch: (
+                onnx or _export(checkpoint, config, scratch / "network.onnx", chosen, calibration, range_limit).path
+            ),
+        )
+        return
+    assert checkpoint is not None
     precision = "fp16" if fp16 else precision or "fp32"
     if output is None:
         folder = Path() if checkpoint == shipped_checkpoint(checkpoint.stem) else checkpoint.parent
@@ -180,7 +219,7 @@ def _triton(folder: Path, model: Path, backend: str) -> None:
 
 
 def _export(
-    checkpoint: Path,
+    checkpoint: Path | None,
     config: NetworkConfig | None,
     output: Path,
     precision: str,
@@ -188,6 +227,7 @@ def _export(
     range_limit: float,
     inline: bool = False,
 ) -> ExportReport:
+    assert checkpoint is not None
     need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
     need_onnx_runtime("misf-export")
     from ..runtime.checks.accuracy import load_photographs
@@ -197,6 +237,26 @@ def _export(
     photographs = load_photographs(calibration) if calibration else None
     loaded = load_checkpoint(checkpoint, config=config)
     return export_onnx(loaded, output, precision, photographs, range_limit, inline)
+
+
+def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network: Callable[[Path], Path]) -> None:
+    need_onnx_runtime("misf-export --web")
+    from .web import write_web
+
+    report = write_web(folder, network, package, force)
+    if as_json:
+        print_json(
+            {
+                "web": str(report.folder),
+                "network": report.network,
+                "bytes": report.bytes,
+                "visit_bytes": report.visit_bytes,
+            }
+        )
+        return
+    log.info("a visitor loads %.1f MB, once", report.visit_bytes / 1e6)
+    log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
+    click.echo(str(report.folder))
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..plugins.shared.command import one_line
-from ..plugins.shared.errors import MisfError
+from ..plugins.shared.errors import MisfError, OutOfMemory
 from .backends import open_backend
 from .backends.contract import Backend
 from .memory import available_bytes, least_bytes
@@ -283,14 +283,14 @@ class Inpainter:
     def _check_memory(self, size: Size) -> None:
         needed, free = least_bytes(self.backend.config, self.backend.precision, size), available_bytes()
         if self.backend.device == "cpu" and free is not None and needed > free:
-            raise MisfError(
+            raise OutOfMemory(
                 f"{size[1]}x{size[0]} pixels at once need at least {needed / 1e9:.0f} GB of memory and "
                 f"{free / 1e9:.0f} GB are free: {SMALLER}"
             )
 
     def _failure(self, error: Exception, size: Size) -> MisfError:
         if is_out_of_memory(error):
-            return MisfError(f"out of memory at {size[1]}x{size[0]} pixels on {self.backend.device}: {SMALLER}")
+            return OutOfMemory(f"out of memory at {size[1]}x{size[0]} pixels on {self.backend.device}: {SMALLER}")
         return MisfError(f"{self.backend.name} failed at {size[1]}x{size[0]}: {one_line(error)}")
 
 

@@ -78,6 +78,11 @@ def log_about(subject: str) -> Iterator[None]:
         _subject.reset(token)
 
 
+def current_subject() -> str:
+    """Return what lines begin with at the moment, for handlers of other kinds."""
+    return _subject.get()
+
+
 class _StderrHandler(logging.Handler):
     """Writes to whatever sys.stderr is now, so that progress bars and test runners may replace it."""
 

@@ -28,3 +28,7 @@ class EnvironmentMismatch(MisfError):  # noqa: N818 - reads better without "Erro
     """This machine lacks what a model or a flag needs: a GPU, a library, a matching version."""
 
     exit_code = ENVIRONMENT
+
+
+class OutOfMemory(MisfError):  # noqa: N818 - as above
+    """A picture needs more memory than is free."""

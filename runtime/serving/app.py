@@ -1,0 +1,153 @@
+"""The parts put together: one ASGI application for one model."""
+
+from __future__ import annotations
+
+import contextlib
+import mimetypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from ...plugins.shared.command import misf_version
+from ...plugins.shared.errors import MisfError
+from ..inpainter import Inpainter
+from .failures import failure_response, response_for
+from .filling import Filler
+from .guard import Guard
+from .iopaint import iopaint_routes
+from .observing import WORKERS_FOLDER, Metrics, Observed
+from .routes import plain_routes
+from .settings import ServerSettings
+
+TYPES = {
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".wasm": "application/wasm",
+    ".onnx": "application/octet-stream",
+    ".webmanifest": "application/manifest+json",
+    ".webp": "image/webp",
+    ".avif": "image/avif",
+}
+"""Of the page's files; browsers refuse modules of another type, and not every system's table has these."""
+READABLE_BY_SCRIPTS = ["X-Seed", "X-Process-Time", "X-Precision", "X-Request-Id", "Retry-After"]
+
+
+def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> ASGIApp:
+    """Return the application; the model is loaded now, and is warm when the server takes its first request."""
+    metrics = Metrics()
+    filler = Filler(
+        inpainter or open_inpainter(settings),
+        queue=settings.queue,
+        timeout=settings.timeout,
+        max_pixels=settings.max_pixels,
+        max_batch=settings.max_batch,
+        batch_delay=settings.batch_delay,
+        metrics=metrics,
+    )
+    MultiPartParser.spool_max_size = settings.max_bytes  # a client's picture is not written to the disk
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        filler.warm_up()
+        yield
+        filler.close()
+
+    handlers: dict[int | type[Exception], Any] = {RequestValidationError: _invalid, HTTPException: _refused}
+    handlers |= dict.fromkeys((MisfError, ValueError, OSError, MemoryError, Exception), _failed)
+    bearer = [Depends(HTTPBearer(auto_error=False))] if settings.token else []
+    api = FastAPI(
+        title="misf",
+        version=misf_version(),
+        description="Fills holes in pictures. Routes under /api/v1 are those of IOPaint.",
+        lifespan=lifespan,
+        docs_url=None,  # its pages come from another server
+        redoc_url=None,
+        exception_handlers=handlers,
+    )
+    name = Path(settings.model).stem
+    api.include_router(plain_routes(filler, name), dependencies=bearer)
+    api.include_router(iopaint_routes(filler, name), dependencies=bearer)
+    if (Path(settings.page) / "index.html").is_file():
+        for suffix, kind in TYPES.items():
+            mimetypes.add_type(kind, suffix)
+        api.mount("/", StaticFiles(directory=settings.page, html=True))
+    app: ASGIApp = Guard(api, settings.hosts, settings.token, settings.max_bytes, settings.timeout)
+    if settings.cors:
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=READABLE_BY_SCRIPTS,
+        )
+    return Observed(app, metrics, "cross-origin" if settings.cors else "same-origin")
+
+
+def app_from_environment() -> ASGIApp:
+    """Return the application of a worker process."""
+    from .serve_cli import prepare_process
+
+    settings = ServerSettings.from_environment()
+    prepare_process(settings)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return create_app(settings)
+
+
+def _end_with_parent() -> None:
+    """Stop this worker when the process that looks after it was killed: it would hold the port without end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    shutil.rmtree(os.environ[WORKERS_FOLDER], ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def open_inpainter(settings: ServerSettings) -> Inpainter:
+    """Return the model, loaded."""
+    return Inpainter(
+        settings.model,
+        backend=settings.backend,
+        device=settings.device,
+        working_size=settings.working_size,
+        precision=settings.precision,
+        threads=settings.threads,
+    )
+
+
+async def _invalid(_request: Request, error: Exception) -> Response:
+    """Answer a request whose fields are missing or wrong; what came is not repeated, it may be large or secret."""
+    assert isinstance(error, RequestValidationError)
+    texts = [f"{_place(problem)}: {problem['msg']}" for problem in error.errors()[:5]]
+    return failure_response(422, "; ".join(texts) or "the request is not understood")
+
+
+def _place(problem: Any) -> str:
+    where = [str(part) for part in problem["loc"] if part not in ("body", "query")]
+    return ".".join(where)[:80] or "body"
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    """Answer 404, 405 and what FastAPI says of bodies that it cannot parse."""
+    assert isinstance(error, HTTPException)
+    return failure_response(error.status_code, str(error.detail), headers=error.headers)
+
+
+async def _failed(_request: Request, error: Exception) -> Response:
+    return response_for(error)
