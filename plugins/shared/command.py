@@ -100,9 +100,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(
-            prefix + _subject.get() + self.format(record), file=sys.stderr, flush=True
-        )  # click.echo would write past a progress bar
+        subject = _subject.get()
+        text = self.format(record).removeprefix(subject.rpartition("/")[2])  # some lines name their file themselves
+        print(prefix + subject + text, file=sys.stderr, flush=True)  # click.echo would write past a progress bar
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:

@@ -142,7 +142,9 @@ class Picture:
         ycck = format_ == self.format == "JPEG" and self.info.get("ycck")
         try:
             image = jpeg.to_ycck(image) if ycck else image
-            image.save(buffer, format_, **self._options(format_, said))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd EXIF, which Pillow reads again for AVIF and WebP
+                image.save(buffer, format_, **self._options(format_, said))
         except (OSError, ValueError, SystemError) as error:
             raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
         encoded = buffer.getvalue()

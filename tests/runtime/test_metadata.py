@@ -345,3 +345,18 @@ def test_a_number_that_begins_like_a_jpeg_takes_nothing_with_it(tmp_path: Path) 
     data = _result(path).read_bytes()
     assert plain in data
     assert PREVIEW[20:] not in data
+
+
+def test_a_value_as_long_as_all_of_exif_leaves_the_orientation(tmp_path: Path) -> None:
+    path = tmp_path / "in.webp"
+    exif = b"II*\0" + struct.pack("<IHHHIIHHIHHI", 8, 2, 270, 3, 19, 0, 0x0112, 3, 1, 6, 0, 0)
+    assert len(exif) == 38
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    assert open_picture(path, "WEBP").canvas.size == (64, 48)
+
+
+def test_odd_exif_makes_no_warning_of_pillow_when_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "in.webp"
+    longer = b"II*\0" + struct.pack("<IHHHIIHHIHHI", 8, 2, 270, 3, 20, 0, 0x0112, 3, 1, 6, 0, 0)
+    Image.fromarray(PIXELS).save(path, exif=longer)
+    assert b"ftypavif" in open_picture(path, "AVIF").encoded("AVIF")
