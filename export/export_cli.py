@@ -1,4 +1,4 @@
-"""misf-export: a checkpoint becomes an ONNX file, an engine, or a page that fills pictures in the browser."""
+"""misf-export: turns a checkpoint into an ONNX file, an engine, or a page that fills pictures in the browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--checkpoint",
     type=ModelFile(weights=True),
-    help="Weights: .safetensors, .pt or .pth, the authors' files included; or the name misf-small.",
+    help="Weights: a .safetensors, .pt or .pth file, including the authors' files; or the name misf-small.",
 )
 @config_option
 @official_option
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
     "--precision",
     type=click.Choice(["fp32", "fp16"]),
     default=None,
-    help="Type of the network's layers. Input and output are always float32.  [default: fp32]",
+    help="Precision of the network's layers. Input and output are always float32.  [default: fp32]",
 )
 @click.option("--fp16", is_flag=True, help="Short for --precision fp16.")
 @click.option(
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--calibration",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of pictures like yours, used to find layers that float16 cannot hold and for the final check."
+    help="Folder of pictures like yours, used to find layers that overflow float16 and for the final check."
     "  [default: four shipped photographs]",
 )
 @click.option(
@@ -73,10 +73,10 @@ log = logging.getLogger(__name__)
     "--web",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Write a web page that fills pictures in the visitor's browser, for any file server: docs/browser.md.",
+    help="Write a web page that fills pictures in the visitor's browser, for any file server (docs/browser.md).",
 )
 @click.option(
-    "--onnx", type=ModelFile(), help="For --web: an ONNX file, or the name misf-small, in place of --checkpoint."
+    "--onnx", type=ModelFile(), help="For --web: an ONNX file or the name misf-small, instead of --checkpoint."
 )
 @click.option(
     "--onnxruntime-web",
@@ -93,7 +93,7 @@ log = logging.getLogger(__name__)
     type=click.Choice(TRITON_BACKENDS),
     default="auto",
     show_default=True,
-    help="Triton's backend for the network: auto goes by the file; python is misf's own runtime.",
+    help="Triton backend for the network: auto depends on the file; python is misf's runtime.",
 )
 @engine_options
 @click.option("--force", is_flag=True, help="Replace existing files, not only those named by -o.")
@@ -121,8 +121,8 @@ def main(
 ) -> None:
     """Turn a checkpoint into an ONNX file for any batch, height and width, or with -o X.plan into an engine.
 
-    The file is compared with PyTorch on photographs at several sizes before it is put in place. When it differs too
-    much (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
+    The file is compared with PyTorch on photographs at several sizes before it is put in place. If it differs too much
+    (fp32: 1e-4 anywhere; fp16: under 50 dB in the hole), nothing is written and the exit code is 3.
 
     With -o X.plan, the ONNX file is kept beside the engine: building on another machine and misf-verify --layers need
     it. The options from --backend to --device apply to engines only.
@@ -138,13 +138,13 @@ def main(
     if web is None and (onnx or onnxruntime_web):
         raise click.UsageError("--onnx and --onnxruntime-web are for --web FOLDER")
     if (checkpoint is None) == (onnx is None):
-        raise click.UsageError("give --checkpoint, or with --web either --checkpoint or --onnx")
+        raise click.UsageError("give --checkpoint or, with --web, either --checkpoint or --onnx")
     if web is not None:
         others = {"--output": output, "--triton": triton, "--inline-functions": inline_functions}
         if flags := [*given(ctx), *(flag for flag, value in others.items() if value)]:
-            raise click.UsageError(f"{', '.join(flags)}: not with --web, which writes a folder of its own")
+            raise click.UsageError(f"{', '.join(flags)} cannot be combined with --web, which writes its own folder")
         if onnx and (fp16 or precision or config):
-            raise click.UsageError("--onnx is a file as it is: --precision, --fp16 and --config are for --checkpoint")
+            raise click.UsageError("--precision, --fp16 and --config are for --checkpoint; --onnx is used unchanged")
         chosen = "fp16" if fp16 else precision or "fp16"
         if onnx is None:
             _need_export()  # before anything is fetched
@@ -173,7 +173,7 @@ def main(
         options = parse_engine_options(engine, precision)
         from ..runtime.engines.flavors import load_flavor
 
-        load_flavor(options.backend)  # fails before the export, which takes a while, where there is no TensorRT
+        load_flavor(options.backend)  # without TensorRT this fails before the export, which takes a while
         onnx_file = output.with_suffix(".onnx")
         _put(onnx_file, force, lambda path: _export(checkpoint, config, path, precision, calibration, range_limit))
         from .engine.builder import build_engine
@@ -186,9 +186,11 @@ def main(
         known = ", ".join((".onnx", *ENGINES))
         raise click.BadParameter(f"expected a name that ends in {known}, got {output.name}", param_hint="--output")
     if flags := given(ctx):
-        raise click.UsageError(f"{', '.join(flags)}: for an engine, and {output.name} is none: name it with -o X.plan")
+        raise click.UsageError(
+            f"{', '.join(flags)}: only for engines, and {output.name} is not one: name the engine with -o X.plan"
+        )
     if output.resolve() == checkpoint.resolve():
-        raise click.BadParameter("this is the checkpoint itself", param_hint="--output")
+        raise click.BadParameter("this is the checkpoint: name another file", param_hint="--output")
     report = _export(checkpoint, config, output, precision, calibration, range_limit, inline_functions)
     if triton:
         _triton(triton, output, triton_backend)
@@ -260,20 +262,20 @@ def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network
             }
         )
         return
-    log.info("a visitor loads %.1f MB, once", report.visit_bytes / 1e6)
+    log.info("a visitor downloads %.1f MB, once", report.visit_bytes / 1e6)
     log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
     print_line(str(report.folder))
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:
-    """Write the ONNX file that an engine beside it is built of; MisfError where another model of that name is there."""
+    """Write the ONNX file from which an engine is built; MisfError if the file exists and is another model."""
     with tempfile.TemporaryDirectory(prefix="misf-export-") as folder:
         fresh = Path(folder) / onnx_file.name
         export(fresh)
         if onnx_file.is_file() and not force and sha256(onnx_file) != sha256(fresh):
             raise MisfError(
-                f"{onnx_file}, which the engine is built of, exists and is another model: give --force to replace it, "
-                "or -o to name another engine"
+                f"{onnx_file}, from which the engine is built, exists and is another model: give --force to replace "
+                "it, or -o to name another engine"
             )
         with written_whole(onnx_file) as temporary:
             shutil.copyfile(fresh, temporary)

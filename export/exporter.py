@@ -1,4 +1,4 @@
-"""From a checkpoint to a checked ONNX file, whole or not at all."""
+"""From a checkpoint to a checked ONNX file, written atomically."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ CALIBRATION_SIZE = 256
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how it was checked."""
+    """The written file and the results of its check."""
 
     path: Path
     sha256: str
     precision: str
     convolutions: dict[str, int]
-    """How many convolutions have weights of each type."""
+    """Number of convolutions by the type of their weights."""
     float32_layers: dict[str, float]
-    """Layers kept in float32 for their range: name -> largest value seen. Instance norms are float32 always."""
+    """Layers kept in float32 because of their range: name -> largest value. Instance norms are always float32."""
     results: Sequence[accuracy.CaseResult]
 
 
@@ -56,17 +56,18 @@ def export_onnx(
     """Write `output` and return the report of its check against PyTorch.
 
     Args:
-        checkpoint: what to export.
+        checkpoint: the checkpoint to export.
         output: the .onnx file; replaced only by a file that has passed its check.
         precision: "fp32" or "fp16".
         photographs: uint8 H,W,3 pictures for calibration and check; the shipped samples by default.
-        range_limit: layers that see larger values on the photographs stay float32.
-        inline: write the nodes of the dynamic filter in place of calls to a function, for readers that know none.
-            TensorRT's plugin is found by that call, so such a file is not for engines.
+        range_limit: layers with larger values on the photographs stay float32.
+        inline: write the dynamic filter as standard nodes instead of function calls, for readers without support for
+            functions. TensorRT's plugin replaces the function call, so such a file is not for engines.
 
     Raises:
         AccuracyError: the file differs from PyTorch by more than its precision allows; nothing is written.
         OSError: `output` cannot be written.
+        ValueError: an unknown precision.
 
     """
     if precision not in ("fp32", "fp16"):
@@ -110,7 +111,7 @@ def check(
 
 
 def _calibration_inputs(photographs: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """Return the network's input for each photograph, N,4,H,W."""
+    """Return the network's input for each photograph, float32 N,4,H,W."""
     sizes = [(1, CALIBRATION_SIZE, CALIBRATION_SIZE)] * len(photographs)
     return [
         network_input(torch.from_numpy(image), torch.from_numpy(mask)).numpy()

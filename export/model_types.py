@@ -1,4 +1,4 @@
-"""The floating-point types that an ONNX file states. Building an engine needs this and nothing of precision.py."""
+"""The floating-point types in an ONNX file; separate from precision.py, which engine building does not need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from onnx import ModelProto, TensorProto
 
 
 def float_types(model: ModelProto) -> dict[str, int]:
-    """Return how many convolutions run in each floating-point type, by the types of their weights."""
+    """Return the number of convolutions in each floating-point type, by the types of their weights."""
     names = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     counts: dict[str, int] = {}
     for node in model.graph.node:

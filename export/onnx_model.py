@@ -1,8 +1,8 @@
 """The network as one ONNX graph: any batch, height and width; the dynamic filter as a custom op with a function body.
 
-The traced network works on certain multiples of pixels (`NetworkConfig.multiple`). Around it stand a few nodes that do
-what `InpaintingNetwork.forward` and `composite` do in PyTorch: empty the hole, reflect the picture up to a size that
-fits, crop the prediction back, and put it into the hole.
+The traced network requires sides that are multiples of some number of pixels (`NetworkConfig.multiple`). A few nodes
+around it do what `InpaintingNetwork.forward` and `composite` do in PyTorch: set the hole to 0, pad the picture by
+reflection, crop the prediction, and paste it into the hole.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ..training.model.config import NetworkConfig
 from ..training.model.network import InpaintingNetwork
 
 IR_VERSION = 10
-"""Read by ONNX Runtime 1.19 and by TensorRT 10.3's parser."""
+"""This version is supported by ONNX Runtime 1.19 and TensorRT 10.3's parser."""
 
 INPUT, OUTPUT = "network_input", "prediction"
 
 
 class _Core(nn.Module):
-    """What is traced: the bare network, `InpaintingNetwork.predict`."""
+    """The module to trace: the bare network, `InpaintingNetwork.predict`."""
 
     def __init__(self, network: InpaintingNetwork) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class _Core(nn.Module):
 def core_model(network: InpaintingNetwork) -> ModelProto:
     """Return the float32 graph of `network.predict`: network_input N,4,H,W -> prediction N,3,H,W.
 
-    N is dynamic, H and W dynamic multiples of `config.multiple`. Layers carry the names of their parameters in the
-    checkpoint.
+    N is dynamic, and H and W are dynamic multiples of `config.multiple`. Layers have the names of their parameters in
+    the checkpoint.
     """
     onnx_op.register_schema()
     import onnxscript
@@ -82,7 +82,7 @@ def core_model(network: InpaintingNetwork) -> ModelProto:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter: a missing torchvision, deprecations inside torch, progress on stdout."""
+    """Silence the exporter, which reports a missing torchvision, deprecations inside torch, and progress on stdout."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -95,7 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _tidy(model: ModelProto) -> None:
-    """Drop the tracer's metadata (it holds local paths) and name layers and tensors after the parameters."""
+    """Drop the tracer's metadata, which contains local paths, and name layers and tensors after the parameters."""
     graph = model.graph
     del model.metadata_props[:], graph.value_info[:]
     graph.name, graph.doc_string = "misf", ""
@@ -118,7 +118,7 @@ def _tidy(model: ModelProto) -> None:
 
 
 def _unused(name: str, taken: set[str]) -> str:
-    """Return `name`, with a number added if a node already has it (fixed weights serve several), and record it."""
+    """Return `name`, with a number added if a node already has it (nodes may share weights), and add it to `taken`."""
     numbered = (f"{name}.{number}" for number in itertools.count(2))
     unused = next(found for found in itertools.chain([name], numbered) if found not in taken)
     taken.add(unused)
@@ -128,8 +128,8 @@ def _unused(name: str, taken: set[str]) -> str:
 def complete_model(core: ModelProto, config: NetworkConfig) -> ModelProto:
     """Return the file's graph: image N,3,H,W and mask N,1,H,W in, the finished picture `output` N,3,H,W out.
 
-    All three are float32 in [0,1]; mask values above 0.5 are hole. Known pixels are the image's, bit for bit.
-    H and W are free. `core` may be typed float32 or float16 inside; its input and output are float32.
+    All three are float32 in [0,1]; mask values above 0.5 are hole. Known pixels are exactly those of the image. N, H
+    and W are dynamic. `core` may compute in float32 or float16; its input and output are float32.
     """
     prepare = parser.parse_graph(_prepare_text(config))
     finish = parser.parse_graph(_FINISH_TEXT)
@@ -152,7 +152,7 @@ def complete_model(core: ModelProto, config: NetworkConfig) -> ModelProto:
 
 
 def _prepare_text(config: NetworkConfig) -> str:
-    """Nodes from image and mask to the network's input; `reflect_to` in network.py is the same formula."""
+    """Return the nodes from image and mask to the network's input, with the formula of `reflect_to` in network.py."""
     lines = [
         "hole = Greater (mask, half)",
         "emptied = Where (hole, nothing, image)",

@@ -1,8 +1,8 @@
-"""Which layers run in float16: a calibration over pictures, and a typed graph that states the result.
+"""Chooses the layers that run in float16, by calibration on pictures, and types the graph accordingly.
 
-TensorRT 11 has no precision flags: the types in the ONNX file are the precision. Instance norm stays float32 (sums of
-squares over a picture leave float16's range), the dynamic filter accumulates in float32 by definition, and so stay
-layers whose values come near float16's largest, 65504, on the calibration pictures.
+TensorRT 11 has no precision flags, so the types in the ONNX file are the precision. Instance norm stays float32 (sums
+of squares over a picture overflow float16), as do layers whose values come near float16's maximum, 65504, on the
+calibration pictures. The dynamic filter accumulates in float32 by definition.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from onnx import ModelProto, TensorProto, inliner
 from ..plugins.dynamic_filter import onnx_op
 
 FLOAT32_OPS = frozenset({"InstanceNormalization", "ReduceMean"})
-"""Always float32: both sum over the whole picture, and TensorRT does not promise the width of its sums."""
+"""Always float32: both sum over the whole picture, and TensorRT does not guarantee the precision of its sums."""
 
 RANGE_LIMIT = 8192.0
-"""Layers that make or read larger values on the calibration pictures stay float32: an eighth of float16's range."""
+"""Layers that output or read larger values on the calibration pictures stay float32; an eighth of float16's range."""
 
 _UNTYPED_INPUTS = {"Resize": {1, 2}}
-"""Inputs that are float32 whatever the type of the rest: Resize's roi and scales."""
+"""Inputs that are always float32: Resize's roi and scales."""
 
 _UNTYPED_OPS = frozenset({"Cast", "Shape", "Size"})
-"""They take every type, and their output type does not depend on it."""
+"""Ops that accept any type and whose output type does not depend on it."""
 
 
 def value_ranges(core: ModelProto, inputs: Iterable[NDArray[np.float32]]) -> dict[str, float]:
-    """Return the largest absolute value of every float32 tensor that the nodes of `core` make, over the inputs.
+    """Return the largest absolute value over the inputs of every float32 tensor that the nodes of `core` output.
 
     Args:
-        core: float32 graph with one input; run on ONNX Runtime's CPU provider.
+        core: float32 graph with one input, which runs on ONNX Runtime's CPU provider.
         inputs: N,4,H,W float32 each.
 
     """
@@ -57,15 +57,15 @@ def value_ranges(core: ModelProto, inputs: Iterable[NDArray[np.float32]]) -> dic
     ranges = np.zeros(len(names))
     for value in inputs:
         found = session.run(None, {graph.inputs[0].name: value})
-        # maximum() keeps NaN, so a layer that makes NaN does not count as small.
+        # maximum() propagates NaN, so that a layer with NaN does not count as small.
         ranges = np.maximum(ranges, np.array(found, dtype=np.float64))
     return dict(zip(names, ranges.tolist(), strict=True))
 
 
 def float32_layers(core: ModelProto, ranges: dict[str, float], limit: float = RANGE_LIMIT) -> dict[str, float]:
-    """Return the nodes that must stay float32 because of their values: name -> the largest value made or read.
+    """Return the nodes that must stay float32 because of their values: name -> the largest value output or read.
 
-    Instance norms, which always stay, are not among them.
+    Instance norms, which always stay float32, are not included.
     """
     kept = {}
     for node in _surgeon(core).nodes:
@@ -81,8 +81,8 @@ def to_float16(core: ModelProto, keep_float32: Iterable[str] = ()) -> ModelProto
     """Return `core` typed float16, with casts around the nodes that stay float32; input and output stay float32.
 
     Args:
-        core: a graph whose floating-point tensors are all float32; integers and Booleans stay what they are.
-        keep_float32: names of nodes to leave in float32, besides the instance norms.
+        core: a graph whose floating-point tensors are all float32; integers and Booleans keep their types.
+        keep_float32: names of nodes to leave in float32, in addition to the instance norms.
 
     """
     kept = set(keep_float32)
@@ -131,24 +131,24 @@ def to_float16(core: ModelProto, keep_float32: Iterable[str] = ()) -> ModelProto
 
 
 def _surgeon(core: ModelProto) -> gs.Graph:
-    """Return a copy of `core` that knows the type of every tensor and holds what Constant nodes make as weights."""
+    """Return a copy of `core` in which every tensor has a type and Constant nodes are weights."""
     complete = ModelProto()
     complete.CopyFrom(core)
     onnx_op.attach_function(complete)
-    # Inlined, since onnx asks the schema of an op that it knows, and ours infers nothing.
+    # Functions are inlined because onnx uses the schema of registered ops, and ours does not infer types.
     inferred = onnx.shape_inference.infer_shapes(inliner.inline_local_functions(complete)).graph.value_info
     types = {value.name: value.type.tensor_type.elem_type for value in inferred}
     graph = gs.import_onnx(core).fold_constants().cleanup()
     for name, tensor in graph.tensors().items():
         if isinstance(tensor, gs.Variable) and name in types:
             tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name])
-        elif isinstance(tensor, gs.Constant) and tensor.dtype == np.float64:  # graphsurgeon's reading of value_float
+        elif isinstance(tensor, gs.Constant) and tensor.dtype == np.float64:  # graphsurgeon reads value_float as this
             tensor.values = tensor.values.astype(np.float32)
     return graph
 
 
 def _typed_inputs(node: gs.Node) -> dict[int, gs.Tensor]:
-    """Return the inputs of a node that have the type in which it computes, by their number."""
+    """Return the inputs of a node that have its computing precision, by index."""
     if node.op in _UNTYPED_OPS:
         return {}
     untyped = _UNTYPED_INPUTS.get(node.op, set())

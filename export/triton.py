@@ -1,4 +1,4 @@
-"""A model repository for NVIDIA Triton: the network `misf`, and `misf_picture`, which takes encoded pictures."""
+"""A model repository for NVIDIA Triton: the network `misf`, and `misf_picture`, which accepts encoded pictures."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ MODEL_PY = "from misf.runtime.triton.{module} import TritonPythonModel  # noqa: 
 
 
 def write_repository(folder: Path, model: Path, backend: str = "auto") -> list[Path]:
-    """Write (or replace) both models in `folder`, version 1, and return the files.
+    """Write or replace version 1 of both models in `folder`, and return the files.
 
     Args:
-        folder: the repository; other models in it are left alone.
+        folder: the repository; other models in it are not touched.
         model: an .onnx file of misf-export or an engine of misf-build.
-        backend: of Triton, for the network: "onnxruntime" or "tensorrt" by the file ("auto"), or "python", which runs
-            either file by misf's own runtime; misf must be installed in the server's Python for that and for pictures.
+        backend: Triton backend for the network: "onnxruntime" or "tensorrt" to match the file ("auto"), or "python",
+            which runs either file with misf's runtime. For "python" and for `misf_picture`, misf must be installed in
+            the server's Python.
 
     Raises:
-        MisfError: the backend cannot run such a file, or the file says nothing about its network.
+        MisfError: the backend cannot run the file, or the file has no metadata about its network.
         OSError: a file cannot be written.
 
     """
@@ -63,7 +64,7 @@ def write_repository(folder: Path, model: Path, backend: str = "auto") -> list[P
 
 
 def _facts(model: Path, engine: bool) -> tuple[dict[str, Any], int]:
-    """Return what `misf_picture` must know of the network, and the largest batch."""
+    """Return the facts about the network that `misf_picture` needs, and the largest batch."""
     if engine:
         info = read_info(model)
         if info.flavor != "tensorrt":

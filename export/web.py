@@ -32,39 +32,39 @@ _RUNTIME = Path(__file__).parents[1] / "runtime"
 
 @dataclass(frozen=True)
 class WebReport:
-    """What was written."""
+    """The written folder and what a visit downloads."""
 
     folder: Path
     network: dict[str, Any]
-    """What page.json says of the network."""
+    """The description of the network in page.json."""
     bytes: int
     visit_bytes: int
-    """What a visitor loads once, samples included; all but the licences."""
+    """Bytes that a visitor downloads once, including the samples: everything but the licences."""
 
 
 def check_folder(folder: Path, force: bool) -> None:
-    """Raise MisfError for a folder that has something in it, unless `force`; OSError for what is no folder."""
+    """Raise MisfError if a folder is not empty, unless `force`; OSError if it is not a folder."""
     if folder.exists() and not folder.is_dir():
         raise OSError(f"cannot write {folder}: it is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise MisfError(
-            f"{folder} is not empty: name a new folder, or give --force to replace the page's files in it; others stay"
+            f"{folder} is not empty: name a new folder, or give --force to replace the page's files in it (others stay)"
         )
 
 
 def write_web(
     folder: Path, make_network: Callable[[Path], Path], package: Path | None = None, force: bool = False
 ) -> WebReport:
-    """Write the page with its network, ready for any plain file server, and return what it weighs.
+    """Write the page with its network, ready for any static file server, and return a report.
 
     Args:
-        folder: where to; made where it is missing. Nothing is put there until all of it is ready.
-        make_network: returns the .onnx file to take; it may write it into the folder that it is given.
+        folder: the target folder, created if it does not exist. Nothing is put there until everything is ready.
+        make_network: returns the path of the .onnx file; it may write the file into the folder that it is given.
         package: the unpacked npm package onnxruntime-web; fetched with npm by default.
-        force: write into a folder that has something in it; files of other names stay.
+        force: also write into a folder that is not empty; files with other names stay.
 
     Raises:
-        EnvironmentMismatch: npm or ONNX Runtime is not there.
+        EnvironmentMismatch: npm or ONNX Runtime is not installed, or npm cannot fetch the package.
         MisfError: the folder is not empty, or npm fails.
         ValueError: `package` is not that package, or the network is not one of ours.
 
@@ -81,7 +81,7 @@ def write_web(
         (site / "ort").mkdir()
         for name, source in runtime.items():
             shutil.copyfile(source, site / "ort" / name)
-        # Compressed here, since few hosts compress this type of file: 3.7 MB instead of 14.
+        # Few hosts compress this type of file, so it is compressed here: 3.7 MB instead of 14.
         (site / "ort/ort.wasm.gz").write_bytes(gzip.compress((package / WASM).read_bytes(), mtime=0))
         shutil.copyfile(onnx_file, site / "network.onnx")
         network = _description(onnx_file, site, json.loads((package / "package.json").read_text())["version"])
@@ -111,7 +111,7 @@ def _put(site: Path, folder: Path) -> None:
 
 
 def _description(onnx_file: Path, site: Path, version: str) -> dict[str, Any]:
-    """Return what the page needs to know of a network; ValueError for a file that is not one of ours."""
+    """Return the facts about a network that the page needs; ValueError if the file is not one of ours."""
     from ..runtime.backends.onnx_runtime import OnnxRuntimeBackend
     from ..runtime.pictures.settings import network_working_size
     from ..training.model.config import NetworkConfig
@@ -132,7 +132,7 @@ def _description(onnx_file: Path, site: Path, version: str) -> dict[str, Any]:
 
 
 def _runtime_files(package: Path) -> dict[str, Path]:
-    """Return the files of ONNX Runtime that a browser needs, with their licences: the name for it -> where it is."""
+    """Return the files of ONNX Runtime that a browser needs, with their licences: name on the page -> path."""
     try:
         name = json.loads((package / "package.json").read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, KeyError):
@@ -144,21 +144,21 @@ def _runtime_files(package: Path) -> dict[str, Path]:
         )
     import onnxruntime
 
-    # The npm package has no file of its licence; the Python package of the same project has, and its notices too.
+    # The npm package contains no licence; the Python package of the same project has it, and the third-party notices.
     python = Path(onnxruntime.__file__).parent
     licences = {
         file: (package if (package / file).is_file() else python) / file
         for file in ("LICENSE", "ThirdPartyNotices.txt")
     }
-    # Many file servers do not know .mjs and would not let a browser run it.
+    # Many file servers serve .mjs with a type that browsers refuse to run.
     return {"ort.js": package / SCRIPT, **licences}
 
 
 def _fetch_package(scratch: Path) -> Path:
-    """Return the pinned npm package, unpacked; EnvironmentMismatch where npm is missing or reaches no registry."""
+    """Return the pinned npm package, unpacked; EnvironmentMismatch if npm is missing or cannot reach its registry."""
     npm = shutil.which("npm")
     if npm is None:
-        raise EnvironmentMismatch(f"misf-export --web needs npm, which is not there: install Node.js, {ELSEWHERE}")
+        raise EnvironmentMismatch(f"misf-export --web needs npm, which was not found: install Node.js, {ELSEWHERE}")
     log.info("fetching %s %s with npm (33 MB)", PACKAGE, VERSION)
     command = [npm, "pack", "--json", "--fetch-retries=1", f"{PACKAGE}@{VERSION}"]
     try:
@@ -168,7 +168,7 @@ def _fetch_package(scratch: Path) -> Path:
             f"npm did not answer within {NPM_SECONDS} s: are you online? Try again, {ELSEWHERE}"
         ) from None
     if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if line.startswith("npm error")), "it gave no reason")
+        said = next((line for line in done.stderr.splitlines() if line.startswith("npm error")), "no reason given")
         raise EnvironmentMismatch(
             f"npm cannot fetch {PACKAGE} {VERSION} ({said}): are you online? Try again, {ELSEWHERE}"
         )

@@ -1,6 +1,6 @@
 """From an ONNX file to a TensorRT engine.
 
-builder.py    build, check what came out, write plan and side-car
+builder.py    builds and checks an engine, writes plan and side-car
 options.py    the options that misf-build and misf-export share
 monitor.py    progress, and Ctrl-C during a build
 build_cli.py  misf-build

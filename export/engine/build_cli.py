@@ -1,4 +1,4 @@
-"""misf-build: an ONNX file becomes an engine for this machine."""
+"""misf-build: turns an ONNX file into an engine for this machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(
     as_json: bool,
     **engine: Any,
 ) -> None:
-    """Build a TensorRT engine for this machine from ONNX, a file of misf-export or the name misf-small.
+    """Build a TensorRT engine for this machine from ONNX, which is a file of misf-export or the name misf-small.
 
     Writes the plan and PLAN.json, its side-car file, which records what the plan was built for; misf-run compares it
     with the machine before it loads the plan. The engine has the precision of the ONNX file.
@@ -63,7 +63,7 @@ def main(
 
 
 def engine_path(output: Path) -> Path:
-    """Return the path of an engine; click.BadParameter unless its suffix is an engine's."""
+    """Return the path of an engine; click.BadParameter if it does not have an engine's suffix."""
     if output.suffix.lower() not in ENGINES:
         raise click.BadParameter(f"expected a name that ends in {' '.join(ENGINES)}, got {output.name}")
     return output

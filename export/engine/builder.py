@@ -1,7 +1,7 @@
 """From an ONNX file to a TensorRT engine and its side-car, both or neither.
 
-Engines are strongly typed: the types in the ONNX file are the engine's, on TensorRT 10.x, 11.x and for RTX alike. That
-fp16 came out as fp16 is read off the parsed network, and off the finished engine where there is a GPU to load it.
+Engines are strongly typed: with TensorRT 10.x, 11.x and for RTX, they have the types in the ONNX file. The precision is
+verified in the parsed network and, if there is a GPU to load it, in the finished engine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INPUTS = {"image": 3, "mask": 1}
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to build."""
+    """Settings of a build."""
 
     backend: str = "auto"
     """tensorrt, tensorrt-rtx or auto."""
@@ -50,25 +50,25 @@ class EngineOptions:
     opt_by_network: bool = False
     """Optimise for the network's working size, as far as the limits allow, whatever `limits.opt` says."""
     precision: str | None = None
-    """fp32 or fp16: what the engine must come out as; None: what the ONNX file says."""
+    """fp32 or fp16, which the engine must have; None: the precision of the ONNX file."""
     workspace_gib: float | None = None
     opt_level: int | None = None
     timing_cache: Path | None = None
-    """None: one for each GPU and TensorRT in the cache folder."""
+    """Path of the timing cache; None: one per GPU and TensorRT version in the cache folder."""
     plugin: Path | None = None
     """Plugin library; None: the installed one."""
     without_plugin: bool = False
-    """Build the dynamic filter from its function body: no library is needed, the filter is slower."""
+    """Build the dynamic filter from its function body, which needs no library but is slower."""
     device: int = 0
 
 
 POLYGRAPHY_ATOL = {"fp32": 1e-4, "fp16": 1e-2}
-"""Largest difference in the command for Polygraphy, which compares every pixel: its own 1e-5 fails rounding alone."""
+"""Tolerances for Polygraphy, which compares every pixel: with its default, 1e-5, rounding alone fails."""
 
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What was built, and the commands of other tools that run it."""
+    """The built engine, and commands of other tools that run it."""
 
     path: Path
     info: EngineInfo
@@ -77,21 +77,23 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class _Machine:
-    """The GPU to build for; both None where there is none, or where the engine is for any."""
+    """The GPU to build for; both None if there is none, or if the engine is for any GPU."""
 
     gpu: str | None = None
     compute_capability: str | None = None
 
 
 def build_engine(source: Path, output: Path, options: EngineOptions | None = None) -> EngineReport:
-    """Build `source`, an ONNX file of misf-export, into `output` and its side-car; return what came out.
+    """Build `source`, an ONNX file of misf-export, into `output` and its side-car; return a report.
+
+    If it raises, nothing is written.
 
     Raises:
-        ValueError: the file is not ONNX, or not ours.
-        EnvironmentMismatch: TensorRT, the GPU or the plugin library that it takes is not there.
-        AccuracyError: the precision that was requested did not come out.
-        MisfError: TensorRT does not parse the file or does not build it; the message is TensorRT's.
-        KeyboardInterrupt: the build was cancelled. In all these cases nothing is written.
+        ValueError: the file is not ONNX, or was not written by misf-export.
+        EnvironmentMismatch: TensorRT, the GPU or the plugin library is missing.
+        AccuracyError: the engine does not have the requested precision.
+        MisfError: TensorRT cannot parse or build the file; the message is TensorRT's.
+        KeyboardInterrupt: the build was cancelled.
 
     """
     options = options or EngineOptions()
@@ -137,15 +139,15 @@ def build_engine(source: Path, output: Path, options: EngineOptions | None = Non
 
 
 def _tuned(limits: Limits, side: int) -> Limits:
-    """Return the limits with an optimum of side x side, or what they allow nearest to that."""
+    """Return the limits with an optimum of side x side, or the nearest size that they allow."""
     height, width = (min(max(side, limits.min[axis]), limits.max[axis]) for axis in (1, 2))
     return replace(limits, opt=(limits.opt[0], height, width))
 
 
 def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
-    """Return an ONNX file and the network's config in it; ValueError unless misf-export wrote it."""
+    """Return an ONNX model and its network's config; ValueError if the file was not written by misf-export."""
     if not path.is_file():
-        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected an ONNX file")
+        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: expected an ONNX file")
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's own exceptions, which we do not import
@@ -159,9 +161,9 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any]]:
 
 
 def _machine(flavor: Flavor, device: int) -> _Machine:
-    """Make the target GPU this thread's and return it.
+    """Make the target GPU current in this thread and return it.
 
-    RTX engines are for all RTX GPUs, and are built without one.
+    RTX engines are for all RTX GPUs, and are built without a GPU.
     """
     if not flavor.has_plugins:
         return _Machine()
@@ -169,15 +171,15 @@ def _machine(flavor: Flavor, device: int) -> _Machine:
         cuda = CudaRuntime()
         count = cuda.device_count()
     except CudaError as error:
-        raise EnvironmentMismatch(f"{flavor.title} builds an engine on the GPU it is for. {error}") from error
+        raise EnvironmentMismatch(f"{flavor.title} can only build an engine on its target GPU. {error}") from error
     if device >= count:
         raise EnvironmentMismatch(f"cuda:{device} was requested but there are {count} GPUs")
-    cuda.set_device(device)  # before any TensorRT object is made: each stays on the GPU current at that time
+    cuda.set_device(device)  # TensorRT objects stay on the GPU that is current when they are made
     return _Machine(gpu_name(device), cuda.compute_capability(device))
 
 
 def _plugin(flavor: Flavor, options: EngineOptions) -> Path | None:
-    """Return the plugin library, loaded, or None where the filter is built from its function body."""
+    """Load and return the plugin library, or return None if the filter is built from its function body."""
     if options.plugin and (options.without_plugin or not flavor.has_plugins):
         why = "--no-plugin was given too" if options.without_plugin else f"{flavor.title} has no plugins"
         raise ValueError(f"--plugin {options.plugin} cannot be used: {why}")
@@ -186,7 +188,7 @@ def _plugin(flavor: Flavor, options: EngineOptions) -> Path | None:
     try:
         return use_plugin(flavor, options.plugin)
     except EnvironmentMismatch as error:
-        raise EnvironmentMismatch(f"{error}; or build without it: --no-plugin (slower filter)") from error
+        raise EnvironmentMismatch(f"{error}; or build without it, with a slower filter: --no-plugin") from error
 
 
 def _build(
@@ -198,7 +200,7 @@ def _build(
     source: Path,
     asked: str,
 ) -> tuple[bytes, dict[str, int]]:
-    """Return the plan and how many convolutions of the parsed network are of each type."""
+    """Return the plan, and the number of convolutions of each type in the parsed network."""
     trt, logger = flavor.module, logger_of(flavor)
     builder = trt.Builder(logger)
     network, _parser = parsed_network(
@@ -212,7 +214,7 @@ def _build(
 
         def build() -> Any:
             if machine.gpu:
-                CudaRuntime().set_device(options.device)  # is per thread
+                CudaRuntime().set_device(options.device)  # the current GPU is a property of the thread
             return builder.build_serialized_network(network, config)
 
         plan = cancellable(build, monitor.cancelled)
@@ -248,7 +250,7 @@ def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: 
     """Read the builder's timing cache before the build and write it back after."""
     if not flavor.has_plugins:  # TensorRT for RTX measures nothing at build time
         if options.timing_cache:
-            log.info("%s keeps no timing cache: %s is not used", flavor.title, options.timing_cache)
+            log.info("%s does not use a timing cache: %s is ignored", flavor.title, options.timing_cache)
         yield
         return
     capability = (machine.compute_capability or "any").replace(".", "")
@@ -266,11 +268,11 @@ def _timing_cache(flavor: Flavor, config: Any, options: EngineOptions, machine: 
             with written_whole(path) as temporary:
                 temporary.write_bytes(config.get_timing_cache().serialize())
         except OSError as error:
-            log.warning("the timing cache was not kept: %s", one_line(error))
+            log.warning("the timing cache was not saved: %s", one_line(error))
 
 
 def network_types(trt: Any, network: Any) -> dict[str, int]:
-    """Return how many convolutions of a parsed network compute in each type, as 'fp32', 'fp16' or TensorRT's name."""
+    """Return the number of convolutions of each type in a parsed network, by 'fp32', 'fp16' or TensorRT's name."""
     names = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16"}
     kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
     layers = (network.get_layer(index) for index in range(network.num_layers))
@@ -279,7 +281,7 @@ def network_types(trt: Any, network: Any) -> dict[str, int]:
 
 
 def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int], source: Path) -> None:
-    """Raise AccuracyError unless most convolutions are of the precision asked for, and all of the type in the file."""
+    """Raise AccuracyError unless most convolutions have the requested precision, and all the types in the file."""
     total = sum(obtained.values())
     counts = ", ".join(f"{number} {name}" for name, number in sorted(obtained.items())) or "none"
     if obtained != in_file:
@@ -288,18 +290,18 @@ def prove_precision(asked: str, obtained: dict[str, int], in_file: dict[str, int
     precision = max(obtained, key=lambda name: obtained[name])
     if precision != asked:
         raise AccuracyError(
-            f"{asked} was requested but {precision} came out ({counts} of {total} convolutions): the types of an ONNX "
-            f"file are the engine's, so export it with misf-export --precision {asked}"
+            f"{asked} was requested but the engine is {precision} ({counts} of {total} convolutions): an engine has "
+            f"the types of its ONNX file, so export that with misf-export --precision {asked}"
         )
 
 
 def _inspect(flavor: Flavor, plan: bytes, options: EngineOptions) -> str:
-    """Load a plan, which proves that it loads, and return the engine inspector's report."""
+    """Return the engine inspector's report on a plan, after loading it as a check."""
     logger = logger_of(flavor)
     runtime = flavor.module.Runtime(logger)  # must outlive the engine
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise MisfError(f"{flavor.title} built an engine that it does not load: {reason(logger)}")
+        raise MisfError(f"{flavor.title} built an engine that it cannot load: {reason(logger)}")
     n, height, width = options.limits.opt
     return inspect(flavor.module, engine, {name: (n, channels, height, width) for name, channels in INPUTS.items()})
 
@@ -309,7 +311,7 @@ def other_tools(
 ) -> dict[str, str]:
     """Return commands for other tools, with the same plugin library.
 
-    trtexec and Triton run the plan; Polygraphy builds `source` again and compares it with ONNX Runtime.
+    trtexec and Triton run the plan; Polygraphy builds an engine from `source` and compares it with ONNX Runtime.
     """
     if not flavor.has_plugins:
         return {}

@@ -1,4 +1,4 @@
-"""The progress of an engine build: a bar from TensorRT's progress monitor, and Ctrl-C that cancels the build."""
+"""Progress and cancellation of an engine build: a bar fed by TensorRT's progress monitor, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLL_SECONDS = 0.1
 
 
 def make_monitor(trt: Any, bar: Any = None) -> Any:
-    """Return an IProgressMonitor of module `trt` that moves a rich Progress; its event `cancelled` ends the build."""
+    """Return an IProgressMonitor of module `trt` that updates a rich Progress; its event `cancelled` ends the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # the base comes at run time
         def __init__(self) -> None:
@@ -49,7 +49,7 @@ def make_monitor(trt: Any, bar: Any = None) -> Any:
 def cancellable(work: Callable[[], T], cancelled: threading.Event) -> T:
     """Return work(), run in a thread; an interruption of this thread sets `cancelled` and is raised when work ends.
 
-    TensorRT sits in one call for minutes, in which the main thread would not see a signal.
+    TensorRT stays in one call for minutes, during which the main thread would not handle signals.
     """
     results: list[T] = []
     errors: list[BaseException] = []

@@ -27,7 +27,7 @@ NAMES = (
     "no_plugin",
     "device",
 )
-"""Of the parameters that `engine_options` adds."""
+"""Names of the parameters that `engine_options` adds."""
 
 
 _OPTIONS = (
@@ -36,7 +36,7 @@ _OPTIONS = (
         type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]),
         default="auto",
         show_default=True,
-        help="TensorRT, or TensorRT for RTX (no GPU needed to build, no plugin); auto: the first one installed.",
+        help="TensorRT, or TensorRT for RTX (builds without a GPU, no plugin); auto: the first one installed.",
     ),
     click.option("--min-shape", type=HxW(), default="64x64", show_default=True, help="Smallest picture size."),
     click.option(
@@ -47,7 +47,7 @@ _OPTIONS = (
     click.option(
         "--workspace",
         type=click.FloatRange(min=0, min_open=True),
-        help="Memory that the build may use, GiB.  [default: all]",
+        help="Memory that the build may use, in GiB.  [default: all]",
     ),
     click.option(
         "--opt-level", type=click.IntRange(0, 5), help="Optimisation level of the builder.  [default: TensorRT's, 3]"
@@ -55,7 +55,7 @@ _OPTIONS = (
     click.option(
         "--timing-cache",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Timing cache, read and written.  [default: in the cache folder, TensorRT only]",
+        help="Timing cache to read and update.  [default: in the cache folder, TensorRT only]",
     ),
     click.option(
         "--plugin",
@@ -77,33 +77,33 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def given(ctx: click.Context) -> list[str]:
-    """Return the engine options that the user wrote, as flags."""
+    """Return the engine options that the user gave, as flags."""
     source = click.core.ParameterSource.COMMANDLINE
     return [f"--{name.replace('_', '-')}" for name in NAMES if ctx.get_parameter_source(name) is source]
 
 
 def parse_engine_options(values: dict[str, Any], precision: str | None) -> EngineOptions:
-    """Return the options of a command's parameters; click.UsageError where they contradict each other."""
+    """Return the engine options in a command's parameters; click.UsageError if they contradict each other."""
     from ...runtime.backends.contract import device_index, parse_device
     from ...runtime.engines.side_car import Limits
     from .builder import EngineOptions
 
     if values["plugin"] and values["no_plugin"]:
         raise click.UsageError("--plugin and --no-plugin contradict each other: give one of them")
-    chosen = values["opt_shape"]  # None: the builder takes the network's working size
+    chosen = values["opt_shape"]  # None: the builder uses the network's working size
     shapes = [values["min_shape"], chosen or values["min_shape"], values["max_shape"]]
     for axis, side in enumerate(("height", "width")):
         sides = [shape[axis] for shape in shapes]
         if sides != sorted(sides):
             low, best, high = sides
             raise click.UsageError(
-                f"--min-shape, --opt-shape, --max-shape must not shrink: {side} {low}, {best}, {high}"
+                f"--min-shape, --opt-shape and --max-shape must be in ascending order, got {side} {low}, {best}, {high}"
             )
     (h0, w0), (h1, w1), (h2, w2) = shapes
     batch = values["max_batch"]
     device = parse_device(values["device"] or os.environ.get("MISF_DEVICE") or "auto")
     if device == "cpu":
-        raise click.UsageError("an engine is for a GPU: give --device cuda or cuda:N, or leave it out")
+        raise click.UsageError("engines run on GPUs only: give --device cuda or cuda:N, or leave it out")
     return EngineOptions(
         backend=values["backend"],
         limits=Limits((1, h0, w0), (batch, h1, w1), (batch, h2, w2)),
@@ -119,24 +119,24 @@ def parse_engine_options(values: dict[str, Any], precision: str | None) -> Engin
 
 
 def summary(report: EngineReport) -> str:
-    """Return what was built, in one line."""
+    """Return a one-line summary of the engine."""
     info, (n, height, width) = report.info, report.info.limits.max
     layers = ", ".join(f"{count} {kind}" for kind, count in sorted(info.convolutions.items()))
     return (
-        f"{info.precision_obtained} ({layers} convolutions, read off the {info.precision_proof}), up to {n} of "
+        f"{info.precision_obtained} ({layers} convolutions, according to the {info.precision_proof}), up to {n} of "
         f"{height}x{width}, {'with plugin ' + info.plugin if info.plugin else 'without plugin'}, "
         f"{info.plan_bytes / 1e6:.1f} MB"
     )
 
 
 def layer_lines(report: EngineReport) -> list[str]:
-    """Return what the inspector said of the engine's layers, in words; nothing where it was not asked."""
+    """Return the inspector's findings about the engine's layers as text; empty if there was no inspection."""
     layers = report.info.layers
     if not layers:
         return []
     kinds = ", ".join(f"{count} {kind}" for kind, count in layers["kinds"].items())
     filters = [f"filter {name}: {'; '.join(formats)}" for name, formats in layers["filters"].items()]
-    return [f"layers: {kinds}; {layers['reformats']} change a tensor's format only", *filters]
+    return [f"layers: {kinds}; {layers['reformats']} of them only change a tensor's format", *filters]
 
 
 def document(report: EngineReport) -> dict[str, Any]:

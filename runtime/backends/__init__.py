@@ -6,9 +6,9 @@
     .safetensors .pt .pth      pytorch       CPU, NVIDIA GPU (extra `export`): the reference
     .plan .engine .trt         tensorrt      NVIDIA GPU: an engine of misf-build, on TensorRT or TensorRT for RTX
 
-For an ONNX file `auto` takes the GPU where ONNX Runtime has one, else OpenVINO where it is installed (but not for
-networks like misf-small, see `_is_light`), else ONNX Runtime. A precision that only one of them has (fp16: ONNX
-Runtime, bf16: OpenVINO) decides.
+For an ONNX file `auto` uses the GPU if ONNX Runtime has one, else OpenVINO if it is installed (but not for networks
+like misf-small, see `_is_light`), else ONNX Runtime. A precision that only one of them supports (fp16: ONNX Runtime,
+bf16: OpenVINO) decides.
 """
 
 from __future__ import annotations
@@ -36,9 +36,17 @@ def open_backend(
 ) -> Backend:
     """Return a model file loaded on a backend and a device.
 
-    device: "auto", "cpu", "cuda" or "cuda:N"; None: MISF_DEVICE, or else "auto". precision: what to compute in; "auto":
-    what the file or, on OpenVINO, the processor offers. Raises ValueError or MisfError for a file that is no such
-    model, EnvironmentMismatch for a library or a GPU that was requested but is not there.
+    Args:
+        model: an .onnx file, a checkpoint, an engine, or the name of a shipped network.
+        backend: one of BACKENDS, or "auto".
+        device: "auto", "cpu", "cuda" or "cuda:N"; None: MISF_DEVICE, or else "auto".
+        precision: precision of the computation; "auto": that of the file or, on OpenVINO, the processor's best.
+        threads: number of CPU threads; None: the library's default.
+
+    Raises:
+        ValueError, MisfError: the file is not a model that the backend can run.
+        EnvironmentMismatch: a requested library or GPU is missing.
+
     """
     path = shipped_checkpoint(model) if backend == "pytorch" else shipped_model(model)
     device = parse_device(device or os.environ.get("MISF_DEVICE") or "auto")
@@ -54,7 +62,7 @@ def open_backend(
 
         opened: Backend = TensorRtBackend(path, device, precision)
     elif backend == "tensorrt":
-        raise ValueError(f"{path} is not an engine: build one from an .onnx file with misf-build and run that")
+        raise ValueError(f"{path} is not an engine: build one from an .onnx file with misf-build")
     elif suffix in CHECKPOINTS:
         if backend not in ("auto", "pytorch"):
             raise ValueError(f"{path} is a checkpoint, which {backend} cannot run: export it with misf-export first")
@@ -118,7 +126,7 @@ def _is_light(path: Path) -> bool:
 
         metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
         return bool(json.loads(metadata["misf.config"])["fill_first"])
-    except Exception:  # no onnx, or not our file: the backend that opens it next reports that
+    except Exception:  # onnx is missing or the file is not ours: the backend that opens it next reports that
         return False
 
 
@@ -137,5 +145,5 @@ def _open_best(path: Path, device: str, openvino: Callable[[], Backend], onnxrun
         except MisfError as error:
             if not has_onnx_runtime:
                 raise
-            log.warning("OpenVINO cannot run %s, so ONNX Runtime does: %s", path.name, error)
+            log.warning("OpenVINO cannot run %s, using ONNX Runtime instead: %s", path.name, error)
     return onnxruntime()

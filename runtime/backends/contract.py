@@ -1,6 +1,6 @@
 """The backend interface, the names and devices shared by all backends, and the signature of our ONNX files.
 
-A new backend is a class that fits `Backend`, a line in BACKENDS, and a branch in `open_backend`.
+A new backend needs a class that implements `Backend`, a line in BACKENDS, and a branch in `open_backend`.
 """
 
 from __future__ import annotations
@@ -29,21 +29,29 @@ class Backend(Protocol):
     """A model, loaded and ready."""
 
     name: str  # "onnxruntime", "openvino", "pytorch", "tensorrt" or "tensorrt-rtx"
-    device: str  # "cpu" or "cuda:N": where it really runs
-    precision: str  # "fp32", "fp16" or "bf16": what it really computes in
+    device: str  # the device in use, "cpu" or "cuda:N"
+    precision: str  # the precision of the computation, "fp32", "fp16" or "bf16"
     multiple: int  # the sides of a picture must be multiples of this
-    file_precision: str  # "fp32", "fp16" or "bf16": what the model file says
+    file_precision: str  # the precision of the model file, "fp32", "fp16" or "bf16"
     config: dict[str, Any]  # the network's config, from the model file
-    checkpoint_sha256: str  # of the checkpoint that the model file was made of; "" where it does not say
+    checkpoint_sha256: str  # of the checkpoint that the model file was made from; "" if the file does not say
 
     @property
     def limits(self) -> Limits | None:
-        """The shapes that an engine takes; None: any."""
+        """The shapes that an engine supports; None for any shape."""
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the finished picture, known pixels equal to the input's: float32 N,3,H,W in [0,1].
+        """Return the finished picture, float32 N,3,H,W in [0,1]; known pixels are those of the input.
 
-        image: float32 N,3,H,W RGB in [0,1]. mask: float32 N,1,H,W, 1 = hole.
+        Args:
+            image: float32 N,3,H,W RGB in [0,1].
+            mask: float32 N,1,H,W, 1 = hole.
+
+        Raises:
+            ValueError: the backend does not support this size, type or device.
+            MisfError: the computation failed.
+            MemoryError: there is not enough memory for a picture of this size.
+
         """
 
 
@@ -65,9 +73,13 @@ def device_index(device: str) -> int:
 def check_onnx(
     path: Path, inputs: Mapping[str, Sequence[Any]], outputs: Sequence[str], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the network's config of an ONNX file, after checking that it is one of ours.
+    """Return the network's config in an ONNX file, after checking that the file is one of ours.
 
-    inputs: name to shape, anything but an int for a dynamic dimension. Raises ValueError that names what was expected.
+    `inputs` maps names to shapes, in which anything but an int is a dynamic dimension.
+
+    Raises:
+        ValueError: the file is not one of ours; the message says what was expected.
+
     """
     found = ", ".join(f"{name} {_shape(shape)}" for name, shape in inputs.items())
     right = {"image": 3, "mask": 1}
@@ -94,7 +106,7 @@ def check_onnx(
 
 
 def file_precision(path: Path, metadata: Mapping[str, str]) -> str:
-    """Return the precision of an ONNX file by its metadata, fp32 or fp16; ValueError for anything else."""
+    """Return the precision in an ONNX file's metadata, fp32 or fp16; ValueError for anything else."""
     precision = metadata.get("misf.precision", "fp32")
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"{path} has metadata misf.precision {precision!r:.40}: expected fp32 or fp16")

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-FATAL = 4  # the level of ONNX Runtime's own log on stderr; its errors reach us as exceptions
+FATAL = 4  # level of ONNX Runtime's log on stderr, because its errors also come as exceptions
 
 
 def has_cuda() -> bool:
@@ -31,7 +31,7 @@ def has_cuda() -> bool:
 
 
 def load_cuda_libraries() -> None:
-    """Load CUDA and cuDNN from pip packages where they are installed: the CUDA provider does not look there."""
+    """Load CUDA and cuDNN from pip packages, where the CUDA provider does not search, if they are installed."""
     with contextlib.suppress(AttributeError):  # before ONNX Runtime 1.21
         onnxruntime.preload_dlls()
 
@@ -39,12 +39,12 @@ def load_cuda_libraries() -> None:
 class OnnxRuntimeBackend:
     """An ONNX file of ours in an ONNX Runtime session. See `Backend` for the call.
 
-    On a GPU it takes torch tensors too, which stay there; that was never run on a GPU (docs/gpu-status.md).
+    On a GPU it also accepts torch tensors, which stay there; this has not been run on a GPU yet (docs/gpu-status.md).
     """
 
     name = "onnxruntime"
     limits = None
-    multiple = 1  # the graph pads by itself
+    multiple = 1  # the graph pads pictures itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):
         onnxruntime.set_default_logger_severity(FATAL)
@@ -67,7 +67,7 @@ class OnnxRuntimeBackend:
             )
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the finished picture, where and as what `image` came."""
+        """Return the finished picture, on the device and of the type of `image`."""
         if hasattr(image, "__cuda_array_interface__"):
             output: Tensor = self._on_gpu(image, mask)
         else:
@@ -75,7 +75,7 @@ class OnnxRuntimeBackend:
         return output
 
     def _on_gpu(self, image: Any, mask: Any) -> Any:
-        """Return the finished picture for torch tensors on this session's device, without copying them."""
+        """Return the finished picture for torch tensors on the session's device, without copying them."""
         import torch
 
         kind, _, index = self.device.partition(":")
@@ -95,7 +95,7 @@ class OnnxRuntimeBackend:
 
 
 def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, str]:
-    """Return a session and the device that it really runs on."""
+    """Return a session and the device that it runs on."""
     asked = device.startswith("cuda")
     if asked and not has_cuda():
         raise EnvironmentMismatch(
@@ -111,7 +111,7 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
         session = _session(path, [(CUDA, _cuda_options(index)), CPU], threads)
         if CUDA in session.get_providers():
             return session, f"cuda:{index}"
-    session = _session(path, [CPU], threads)  # a damaged file ends here
+    session = _session(path, [CPU], threads)  # raises if the file is damaged
     reason = "ONNX Runtime cannot start its CUDA provider: no such GPU, or CUDA or cuDNN is missing or does not match"
     if asked:
         raise EnvironmentMismatch(f"device {device} was requested but is not usable. {reason}")
@@ -122,7 +122,7 @@ def _open_session(path: Path, device: str, threads: int | None) -> tuple[Any, st
 def _session(path: Path, providers: list[Any], threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
-    # A memory pattern is kept for every picture size: gigabytes at 1024x1024, for no gain.
+    # Memory patterns are kept for every picture size: gigabytes at 1024x1024, without any gain.
     options.enable_mem_pattern = False
     if threads:
         options.intra_op_num_threads = threads
@@ -137,5 +137,5 @@ def _cuda_options(index: int) -> dict[str, Any]:
         "device_id": index,
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
-        "use_tf32": 0,  # on by default, and 10 bits of mantissa are not fp32
+        "use_tf32": 0,  # on by default, but with 10 bits of mantissa it is not fp32
     }

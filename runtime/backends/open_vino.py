@@ -1,4 +1,4 @@
-"""ONNX files on OpenVINO: fastest for the published network on CPUs; bfloat16 where the processor has it."""
+"""ONNX files on OpenVINO, the fastest for the published network on CPUs; in bfloat16 if the processor has it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}
 if TYPE_CHECKING:
     from .contract import Tensor
 
-LARGE = 400_000  # pixels; from here on a model compiled for the very size pays: 2.2 instead of 3.4 GB at 1024x1024
+LARGE = 400_000  # pixels, above which compiling for the exact size saves memory: 2.2 instead of 3.4 GB at 1024x1024
 
 
 class OpenVinoBackend:
@@ -27,7 +27,7 @@ class OpenVinoBackend:
     name = "openvino"
     device = "cpu"
     limits = None
-    multiple = 1  # the graph pads by itself
+    multiple = 1  # the graph pads pictures itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):
         if device not in ("auto", "cpu"):
@@ -71,7 +71,7 @@ class OpenVinoBackend:
         return output
 
     def _compiled(self, shape: tuple[int, ...]) -> Any:
-        """Return the model compiled for any size, or, where the picture is large, for this one (the last is kept)."""
+        """Return the model compiled for any size or, for a large picture, for its size (the last one is kept)."""
         batch, _, height, width = shape
         if batch * height * width < LARGE:
             if self._any_size is None:
@@ -97,12 +97,12 @@ def _shape(entry: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def _precision(asked: str, capabilities: list[str]) -> str:
-    """Return the precision to compute in: what was requested, if this processor has it."""
+    """Return the precision to compute in: the requested one, if this processor supports it."""
     has_bf16 = "BF16" in capabilities
     if asked == "auto":
         return "bf16" if has_bf16 else "fp32"
     if asked == "bf16" and not has_bf16:
         raise EnvironmentMismatch("precision bf16 was requested but this processor does not compute in it: use fp32")
     if asked not in HINTS:
-        raise ValueError(f"OpenVINO computes in fp32 or bf16 on CPUs, and {asked} was requested")
+        raise ValueError(f"{asked} was requested but OpenVINO computes in fp32 or bf16 on CPUs")
     return asked

@@ -1,4 +1,4 @@
-"""Checkpoints on PyTorch: the reference for everything else."""
+"""Checkpoints on PyTorch, the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class PyTorchBackend:
     file_precision = "fp32"
     checkpoint_sha256 = ""
     limits = None
-    multiple = 1  # the module pads by itself
+    multiple = 1  # the module pads pictures itself
 
     def __init__(self, path: Path, device: str = "auto", precision: str = "auto", threads: int | None = None):
         self.device = _device(device)
         self.precision = "fp32" if precision == "auto" else precision
         if self.precision == "fp16" and self.device == "cpu":
-            raise ValueError("PyTorch on a CPU computes in fp32 or bf16, and fp16 was requested")
+            raise ValueError("fp16 was requested but PyTorch computes in fp32 or bf16 on CPUs")
         if threads:
             torch.set_num_threads(threads)
         self._model = load_model(path).to(self.device)

@@ -1,11 +1,12 @@
-"""Engines of misf-build on TensorRT and TensorRT for RTX. Needs their Python module and libcudart, nothing else.
+"""Engines of misf-build on TensorRT and TensorRT for RTX. Needs only their Python module and libcudart.
 
 The side-car is compared with this machine before TensorRT loads the plan. Each picture shape has its own execution
-context, buffers and, from its second use on, a CUDA graph; the least recently used are dropped. All share one scratch
+context, buffers and, from its second use on, CUDA graph; the least recently used are dropped. All share one scratch
 memory, since only one runs at a time, on the backend's own stream.
 
-Pictures may be NumPy arrays, or on the GPU torch tensors or anything else with __cuda_array_interface__: those are
-copied on the GPU only, and the result is of the same type. A torch tensor is returned at once; torch's stream waits.
+Pictures may be NumPy arrays or, on the GPU, torch tensors and other objects with __cuda_array_interface__. The latter
+are only copied within the GPU, and the result has the same type. Torch tensors are returned without waiting for the
+GPU; torch's stream waits instead.
 """
 
 from __future__ import annotations
@@ -47,12 +48,23 @@ FLOAT_BYTES = 4
 class TensorRtBackend:
     """An engine, loaded. See `Backend` for the call.
 
-    cuda_graph: replay the kernels as one graph. zero_copy: let the GPU read and write pinned CPU memory instead
-    of copying; pays where both share their memory (Jetson); None: MISF_ZERO_COPY=1, else off. flavor, cuda: only for
-    tests. Raises EnvironmentMismatch: this machine is not what the engine was built for. MisfError: it does not load.
+    Args:
+        path: the plan, with its side-car beside it.
+        device: "auto", "cuda" or "cuda:N".
+        precision: "auto", or the precision that the engine must have.
+        cuda_graph: replay the kernels as one graph.
+        zero_copy: let the GPU access pinned CPU memory instead of copying, which is faster if both share their memory
+            (Jetson); None: on with MISF_ZERO_COPY=1, else off.
+        flavor, cuda: for tests only.
+
+    Raises:
+        EnvironmentMismatch: the engine was built for another machine, or something that it needs is missing.
+        MisfError: the engine does not load.
+        ValueError: the engine has another precision.
+
     """
 
-    multiple = 1  # the graph pads by itself
+    multiple = 1  # the graph pads pictures itself
 
     def __init__(
         self,
@@ -86,8 +98,8 @@ class TensorRtBackend:
         self.config, self.limits, self.checkpoint_sha256 = info.config, info.limits, info.checkpoint_sha256
         self._index, self._trt, self._logger = index, flavor.module, logger_of(flavor)
         self._zero_copy = self._wants_zero_copy(zero_copy)
-        self._graphs = cuda_graph and flavor.has_plugins  # for RTX: it captures by itself
-        # How contexts are made: we give them memory for their own shape, not for the engine's largest.
+        self._graphs = cuda_graph and flavor.has_plugins  # TensorRT for RTX captures its own graphs
+        # Contexts get memory for their shape from us, instead of memory for the engine's largest shape.
         self._making: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._cuda.on(index):
             self._engine = self._load(path, flavor)
@@ -108,7 +120,9 @@ class TensorRtBackend:
             raise MisfError(f"{flavor.title} cannot load {path}: {reason(self._logger)}")
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != set(CHANNELS):
-            raise MisfError(f"{path} is not an engine of ours: expected {sorted(CHANNELS)}, found {sorted(names)}")
+            raise MisfError(
+                f"{path} is not an engine of misf-build: expected {sorted(CHANNELS)}, found {sorted(names)}"
+            )
         return engine
 
     def _wants_zero_copy(self, asked: bool | None) -> bool:
@@ -120,10 +134,10 @@ class TensorRtBackend:
         return wanted
 
     def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
-        """Return the finished picture, where and as what `image` came."""
+        """Return the finished picture, on the device and of the type of `image`."""
         shape = (int(image.shape[0]), int(image.shape[2]), int(image.shape[3]))
         if fault := self.limits.fault(*shape):
-            raise ValueError(f"the engine does not take this size: {fault} (misf-build --max-shape makes others)")
+            raise ValueError(f"the engine does not support this size: {fault} (misf-build --max-shape sets it)")
         on_gpu = [hasattr(array, "__cuda_array_interface__") for array in (image, mask)]
         if any(on_gpu) and not all(on_gpu):
             raise ValueError("image and mask must both be on the GPU, or both on the CPU")
@@ -134,7 +148,7 @@ class TensorRtBackend:
             except CudaError as error:
                 if error.code != OUT_OF_MEMORY:
                     raise
-                self.close()  # the other shapes may hold the memory that is missing
+                self.close()  # frees the memory of the other shapes
                 if alone:
                     raise MemoryError(f"out of memory on {self.device}") from error
             try:
@@ -158,7 +172,7 @@ class TensorRtBackend:
             self._runs.popitem(last=False)[1].close()
         context = self._engine.create_execution_context(self._making)
         if context is None:
-            raise MisfError(f"the engine makes no execution context: {reason(self._logger)}")
+            raise MisfError(f"the engine did not create an execution context: {reason(self._logger)}")
         run = self._runs[shape] = _Run(
             context, self._cuda, self._stream, self._logger, shape, self._zero_copy, self._graphs
         )
@@ -170,12 +184,12 @@ class TensorRtBackend:
             elif needed:
                 run.work_in(*self._scratch)
         except BaseException:
-            self.close()  # others may refer to memory that was freed
+            self.close()  # the others may refer to freed memory
             raise
         return run
 
     def _grow_scratch(self, size: int) -> None:
-        """Give all contexts a larger scratch memory and drop their graphs, which hold the old addresses."""
+        """Give all contexts a larger scratch memory, and drop their graphs, which contain the old addresses."""
         self._free_scratch()
         self._scratch = (self._cuda.malloc(size), size)
         for run in self._runs.values():
@@ -190,7 +204,7 @@ class TensorRtBackend:
             self._cuda.free(address)
 
     def close(self) -> None:
-        """Free the memory and graphs of all shapes; they are made again when needed."""
+        """Free the memory and graphs of all shapes; they are created again when needed."""
         while self._runs:
             self._runs.popitem()[1].close()
         with contextlib.suppress(CudaError):
@@ -210,7 +224,7 @@ def _flavor(path: Path, info: EngineInfo) -> Flavor:
 
 
 def _device(path: Path, device: str, cuda: CudaRuntime | None) -> tuple[CudaRuntime, int]:
-    """Return the CUDA runtime and the number of the requested GPU."""
+    """Return the CUDA runtime and the index of the requested GPU."""
     try:
         cuda = cuda or CudaRuntime()
         count, index = cuda.device_count(), 0 if device == "auto" else device_index(device)
@@ -229,11 +243,11 @@ def _load_plugin(path: Path, info: EngineInfo, flavor: Flavor) -> None:
     except EnvironmentMismatch as error:
         raise EnvironmentMismatch(f"{path} needs the plugin library {info.plugin}. {error}") from error
     if sha256(library) != info.plugin_sha256:
-        log.info("%s is another build of the plugin than the one %s was made with", library, path.name)
+        log.info("%s is a different build of the plugin from the one that %s was made with", library, path.name)
 
 
 class _DeviceArray:
-    """Memory on the GPU that is freed with this object: float32 N,3,H,W."""
+    """A float32 array N,3,H,W in GPU memory, freed with this object."""
 
     def __init__(self, cuda: CudaRuntime, shape: tuple[int, ...]):
         self._cuda, self.shape = cuda, shape
@@ -249,7 +263,7 @@ class _DeviceArray:
 
 
 class _Source(NamedTuple):
-    """An array on the GPU: its address, and the stream that writes it (None: unknown)."""
+    """An array on the GPU: its address, and the stream that writes it (None if unknown)."""
 
     address: int
     stream: int | None
@@ -267,7 +281,7 @@ def _source(array: Any, name: str, shape: tuple[int, ...], cuda: CudaRuntime, in
         )
     address, stream = interface["data"][0], interface.get("stream")
     if (device := cuda.device_of(address)) != index:
-        where = "in no GPU's memory" if device is None else f"on cuda:{device}"
+        where = "not in GPU memory" if device is None else f"on cuda:{device}"
         raise ValueError(f"{name} must be on cuda:{index}, like the engine, but is {where}")
     if _is_torch(array):
         import torch
@@ -281,7 +295,7 @@ def _is_torch(array: Any) -> bool:
 
 
 class _Run:
-    """One shape: an execution context, its buffers, its graph."""
+    """The execution context, buffers and graph of one shape."""
 
     def __init__(
         self,
@@ -299,16 +313,16 @@ class _Run:
         self._bytes = {name: FLOAT_BYTES * int(np.prod(sides)) for name, sides in self.shapes.items()}
         self._frees: list[Callable[[], None]] = []
         self._gpu: dict[str, int] = {}  # addresses of the buffers that the engine reads and writes
-        self._cpu: dict[str, int] = {}  # and of pinned memory, once a picture comes from the CPU
+        self._cpu: dict[str, int] = {}  # and of pinned memory, allocated when a picture comes from the CPU
         self._zero_copy, self._graph_wanted = zero_copy, graph
         self._graph: int | None = None
         self._uses = 0
 
     def prepare(self) -> int:
-        """Set shapes and buffers; return the scratch bytes TensorRT needs for this shape, 0 if it cannot say."""
+        """Set shapes and buffers; return the scratch bytes that TensorRT needs for this shape, 0 if unknown."""
         for name in INPUTS:
             if not self._context.set_input_shape(name, self.shapes[name]):
-                raise MisfError(f"the engine does not take {name} of {self.shapes[name]}: {reason(self._logger)}")
+                raise MisfError(f"the engine rejects {name} of shape {self.shapes[name]}: {reason(self._logger)}")
         for name, size in self._bytes.items():
             if self._zero_copy:
                 self._gpu[name] = self._cuda.device_pointer(self._pinned(name))
@@ -316,7 +330,7 @@ class _Run:
                 address = self._gpu[name] = self._cuda.malloc(size)
                 self._frees.append(functools.partial(self._cuda.free, address))
             if not self._context.set_tensor_address(name, self._gpu[name]):
-                raise MisfError(f"the engine does not take the address of {name}: {reason(self._logger)}")
+                raise MisfError(f"the engine rejects the address of {name}: {reason(self._logger)}")
         return int(self._context.update_device_memory_size_for_shapes())
 
     def work_in(self, address: int, size: int) -> None:
@@ -338,7 +352,7 @@ class _Run:
         return self._view("output").copy()
 
     def on_gpu(self, image: Any, mask: Any, index: int) -> Any:
-        """Return the finished picture for arrays on GPU `index`, as one of the same kind."""
+        """Return the finished picture for arrays on GPU `index`, as an array of the same type."""
         output = (
             image.new_empty(self.shapes["output"])
             if hasattr(image, "new_empty")
@@ -360,7 +374,7 @@ class _Run:
         return output
 
     def _compute(self, places: dict[str, int]) -> None:
-        """Enqueue the work on pictures at these addresses, on the CPU or the GPU."""
+        """Enqueue the work on pictures at these addresses, which may be in CPU or GPU memory."""
         for name in INPUTS:
             self._copy(self._gpu[name], places[name], name)
         self._uses += 1
@@ -392,7 +406,7 @@ class _Run:
             raise MisfError(f"the engine failed: {reason(self._logger)}")
 
     def _captured(self) -> int | None:
-        """Return the kernels of a call as a graph, or None where they cannot be captured. They ran once before."""
+        """Return the kernels of a call as a graph, or None if they cannot be captured. They have run once before."""
         try:
             self._cuda.begin_capture(self._stream)
             self._enqueue()

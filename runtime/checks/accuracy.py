@@ -1,7 +1,7 @@
-"""How far a model is from the PyTorch reference, and whether that is near enough.
+"""How far a model is from the PyTorch reference, and whether that is close enough.
 
-Used by `misf-verify`, and by `misf-export` on its own output. Everything is compared on finished pictures with real
-photographs under the hole, since errors on noise say little about errors on photographs.
+`misf-verify` uses it, and `misf-export` on its output. Finished pictures of real photographs are compared, since errors
+on noise say little about errors on photographs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Inpaint = Callable[[Array, Array], Array]
 SAMPLES = Path(__file__).parent.parent / "samples"
 
 SIZES = ((1, 256, 256), (1, 192, 320), (2, 128, 160), (1, 131, 93))
-"""N, H, W of the default cases: the training size, one not square, a batch, and one that must be padded."""
+"""N, H, W of the default cases: the training size, a non-square one, a batch, and a size that must be padded."""
 
 
 def default_sizes(limits: Limits | None = None) -> tuple[tuple[int, int, int], ...]:
-    """Return SIZES; for an engine what of them it takes, nearest, and its smallest and its best."""
+    """Return SIZES or, for an engine, the nearest sizes that it supports, and its minimum and optimum."""
     if limits is None:
         return SIZES
     low, high = limits.min, limits.max
@@ -40,17 +40,17 @@ def default_sizes(limits: Limits | None = None) -> tuple[tuple[int, int, int], .
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision must keep to; None is not asked."""
+    """The limits for a precision; None sets no limit."""
 
     max_abs: float | None = None
     min_psnr_db: float | None = None
 
 
 TOLERANCES = {
-    # Two float32 implementations differ by the order of their sums only: 4e-7 on the shipped weights, 1e-5 on the
-    # published sizes; instance norms of untrained networks can raise it to 1e-4.
+    # Float32 implementations differ only by the order of their sums: 4e-7 with the shipped weights, 1e-5 at the
+    # published sizes; instance norms of untrained networks can raise this to 1e-4.
     "fp32": Tolerance(max_abs=1e-4),
-    # Well under one step of an 8-bit picture on average (1/255 everywhere is 48 dB).
+    # On average well below one step of an 8-bit picture (1/255 everywhere is 48 dB).
     "fp16": Tolerance(min_psnr_db=50.0),
     # bfloat16 has 8 bits of mantissa.
     "bf16": Tolerance(min_psnr_db=45.0),
@@ -58,13 +58,13 @@ TOLERANCES = {
 
 
 def tolerance(*precisions: str) -> Tolerance:
-    """Return the loosest tolerance among precisions: of what a file holds, and of what a backend computes in."""
+    """Return the loosest tolerance of several precisions: that of a file, and that of a backend's computation."""
     return max((TOLERANCES[precision] for precision in precisions), key=list(TOLERANCES.values()).index)
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One comparison; PSNR in dB for a peak of 1, infinite where both are equal."""
+    """One comparison; PSNR in dB for a peak of 1, infinite if both pictures are equal."""
 
     size: str
     finite: bool
@@ -75,7 +75,7 @@ class CaseResult:
     psnr_db: float
 
     def faults(self, tolerance: Tolerance) -> list[str]:
-        """Return what misses the tolerance, in words; empty when the case passes."""
+        """Return a description of each missed tolerance; empty if the case passes."""
         found = []
         if not self.finite:
             found.append(f"{self.size}: NaN or infinite values")
@@ -88,7 +88,7 @@ class CaseResult:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them: infinity and NaN become null."""
+        """Return the fields for JSON: infinity and NaN become null."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -96,10 +96,10 @@ class CaseResult:
 
 
 def compare(inpaint: Inpaint, reference: Inpaint, image: Array, mask: Array) -> CaseResult:
-    """Return how `inpaint` differs from `reference` on one batch (shapes and ranges as `Inpaint`).
+    """Return how `inpaint` differs from `reference` on one batch (shapes and ranges as for `Inpaint`).
 
     Raises:
-        MisfError: the model fails, whatever its backend raises; or returns another shape.
+        MisfError: the model raises any exception, or returns another shape.
 
     """
     hole = np.broadcast_to(mask > 0.5, image.shape)
@@ -107,10 +107,10 @@ def compare(inpaint: Inpaint, reference: Inpaint, image: Array, mask: Array) -> 
     wanted = reference(image, mask)
     try:
         got = inpaint(image, mask)
-    except Exception as error:  # every backend has its own exceptions
+    except Exception as error:  # the backends' exceptions share no base class
         raise MisfError(f"the model fails at {size}: {one_line(error)}") from error
     if got.shape != wanted.shape:
-        raise MisfError(f"expected a picture of shape {wanted.shape} for {size}, the model returned {got.shape}")
+        raise MisfError(f"the model returned a picture of shape {got.shape} for {size}, expected {wanted.shape}")
     difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
     return CaseResult(
         size=size,
@@ -131,7 +131,7 @@ def _psnr_db(difference: NDArray[np.float64]) -> float:
 def cases(
     photographs: Sequence[NDArray[np.uint8]], sizes: Iterable[tuple[int, int, int]] = SIZES
 ) -> Iterator[tuple[Array, Array]]:
-    """Yield (image N,3,H,W, mask N,1,H,W), one for each size, cut from photographs (uint8 H,W,3), with a few holes."""
+    """Yield (image N,3,H,W, mask N,1,H,W) for each size, cut from photographs (uint8 H,W,3), with a few holes."""
     rng = np.random.default_rng(0)
     turn = 0
     for batch, height, width in sizes:
@@ -144,7 +144,7 @@ def cases(
 
 
 def _cut(photograph: NDArray[np.uint8], height: int, width: int) -> Array:
-    """Return the middle of a photograph as float32 3,H,W in [0,1]; reflected where it is too small."""
+    """Return the middle of a photograph as float32 3,H,W in [0,1], padded by reflection if it is too small."""
     border = [(max(0, want - have), 0) for want, have in zip((height, width), photograph.shape[:2], strict=True)]
     padded = np.pad(photograph, [*border, (0, 0)], mode="symmetric")
     top, left = (padded.shape[0] - height) // 2, (padded.shape[1] - width) // 2
@@ -153,7 +153,7 @@ def _cut(photograph: NDArray[np.uint8], height: int, width: int) -> Array:
 
 
 def _holes(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Return float32 1,H,W with one ellipse and one bar as holes, roughly a fifth of the area."""
+    """Return a mask float32 1,H,W with an ellipse and a bar as holes, roughly a fifth of the area."""
     y, x = np.mgrid[0:height, 0:width]
     centre_y, centre_x = rng.uniform(0.3, 0.7, 2) * (height, width)
     ellipse = ((y - centre_y) / (0.22 * height)) ** 2 + ((x - centre_x) / (0.22 * width)) ** 2 <= 1
@@ -168,10 +168,10 @@ SAMPLE_NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
-    """Return the pictures of a folder as uint8 H,W,3 RGB, by name; the shipped samples by default.
+    """Return the pictures of a folder as uint8 H,W,3 RGB, sorted by name; the shipped samples by default.
 
     Raises:
-        ValueError: the folder holds no picture, or one that cannot be read.
+        ValueError: the folder contains no pictures, or one that cannot be read.
 
     """
     from ..pictures.image_io import read_rgb
@@ -184,7 +184,7 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
 
 
 def torch_reference(network: Any) -> Inpaint:
-    """Return `misf.training`'s network as an `Inpaint` on the CPU in float32: what everything else is measured by."""
+    """Return a network of `misf.training` as an `Inpaint` on the CPU in float32, the reference for everything else."""
     import torch
 
     from ...training.model.network import composite

@@ -1,4 +1,4 @@
-"""misf-doctor: what this machine can do. Runs the dynamic filter on every backend found and compares the numbers."""
+"""misf-doctor: shows what this machine has, and checks the dynamic filter on every installed backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-# Distribution names, and what each is for.
+# Names of packages, and the purpose of each.
 PACKAGES = {
     "numpy": "runtime",
     "pillow": "runtime",
@@ -44,12 +44,12 @@ PACKAGES = {
 }
 OP_CHECK = Path(__file__).with_name("op_check.onnx")
 TOLERANCE = 1e-4
-"""Largest error of the op on unit-normal numbers, 9 products: float32 gives 1e-6, TF32 or bfloat16 would not pass."""
+"""Largest error of the op (9 products of unit-normal numbers): float32 reaches 1e-6, TF32 and bfloat16 would fail."""
 
 
 @dataclass(frozen=True)
 class OpCheck:
-    """The op on one backend: its largest error, or why it did not run."""
+    """The result of the op on one backend: its largest error, or why it did not run."""
 
     backend: str
     max_abs: float | None
@@ -57,7 +57,7 @@ class OpCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether the backend ran the op and got the right numbers."""
+        """Whether the backend ran the op with correct results."""
         return self.problem is None and self.max_abs is not None and self.max_abs <= TOLERANCE
 
 
@@ -73,7 +73,7 @@ def op_inputs() -> tuple[Array, Array]:
 
 
 def expected_output(features: Array, taps: Array) -> NDArray[np.float64]:
-    """Return the dynamic filter in float64 by its definition (plugins/dynamic_filter/op.py), kernel_size 3, share 4."""
+    """Return the dynamic filter in float64 by definition (plugins/dynamic_filter/op.py), kernel_size 3, share 4."""
     import numpy as np
 
     height, width = features.shape[2:]
@@ -112,7 +112,7 @@ def _onnxruntime_op(provider: str) -> Callable[[Array, Array], Array]:
         options.log_severity_level = 4
         session = onnxruntime.InferenceSession(str(OP_CHECK), options, providers=[provider])
         if provider not in session.get_providers():
-            raise RuntimeError(f"{provider} is listed but does not start: CUDA, cuDNN or the driver does not match")
+            raise RuntimeError(f"{provider} is listed but does not start: CUDA, cuDNN or the driver do not match")
         result: Array = session.run(None, {"features": features, "taps": taps})[0]
         return result
 
@@ -131,7 +131,7 @@ def _openvino_op(features: Array, taps: Array) -> Array:
 
 
 def op_checks() -> list[OpCheck]:
-    """Return the check of every backend found on this machine."""
+    """Return the checks of all backends on this machine."""
     found: dict[str, Callable[[Array, Array], Array]] = {}
     if is_installed("torch"):
         found["pytorch cpu"] = _torch_op("cpu")
@@ -157,7 +157,7 @@ def _check(name: str, run: Callable[[Array, Array], Array]) -> OpCheck:
     features, taps = op_inputs()
     try:
         error = np.abs(run(features, taps) - expected_output(features, taps)).max()
-    except Exception as problem:  # whatever a backend does on this machine is what the user wants to know
+    except Exception as problem:  # the user wants to know about any problem
         return OpCheck(name, None, f"{type(problem).__name__}: {one_line(problem)}")
     if not error <= TOLERANCE:
         return OpCheck(name, float(error), f"wrong numbers: error {error:.1e}, allowed {TOLERANCE:g}")
@@ -165,7 +165,7 @@ def _check(name: str, run: Callable[[Array, Array], Array]) -> OpCheck:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the installed version of each package that misf can use, None where absent."""
+    """Return the installed version of each package that misf can use, None if it is not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -176,7 +176,7 @@ def versions() -> dict[str, str | None]:
 
 
 def onnx_runtime_problem() -> str | None:
-    """Return what is wrong where several packages own the module `onnxruntime`: the last one installed is in effect."""
+    """Return a problem if several packages contain the module `onnxruntime`, where the last one installed wins."""
     owners = sorted(set(packages_distributions().get("onnxruntime", [])))
     if len(owners) < 2:
         return None
@@ -188,7 +188,7 @@ def onnx_runtime_problem() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Return this machine: system, processor and what it has for low precision, cores, GPUs with driver."""
+    """Return a description of this machine: system, processor with low-precision features, cores, GPUs with driver."""
     flags: set[str] = set()
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -223,7 +223,7 @@ def gpus() -> list[str]:
 @command("misf-doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def main(as_json: bool) -> int:
-    """Print what this machine has (versions, devices) and whether each backend computes the filter correctly.
+    """Show what this machine has (versions, devices) and whether each backend computes the filter correctly.
 
     Exit code 1 if an installed backend fails or gives wrong numbers, or if two ONNX Runtimes are installed.
 
@@ -283,4 +283,4 @@ def _print_engines(engines: list[EngineCheck], plugins: list[PluginCheck]) -> No
     for plugin in plugins:
         click.echo(f"  {'plugin library':18} {plugin.path} ({plugin.problem or plugin.about})")
     if not plugins:
-        click.echo(f"  {'plugin library':18} none; misf-plugin build makes it (needs the CUDA toolkit)")
+        click.echo(f"  {'plugin library':18} none; build it with misf-plugin build (needs the CUDA toolkit)")

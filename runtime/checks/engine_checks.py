@@ -1,6 +1,6 @@
-"""What misf-doctor says of TensorRT: each flavor really builds the dynamic filter and, where a GPU is, runs it.
+"""misf-doctor's checks of TensorRT: each flavor builds the dynamic filter and, if there is a GPU, runs it.
 
-Once in float32 for one shape, once as engines have it: in float16 for shapes in a range.
+This is done in float32 for one shape and, as in real engines, in float16 for a range of shapes.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
-"""Largest errors. fp16: of a sum in float32 of numbers up to 16, written as float16."""
+"""Largest errors by precision; for fp16, that of rounding float32 sums of up to 16 to float16."""
 DYNAMIC = (1, 4, 4), (4, 64, 64)
 """Smallest and largest N, H, W of the fp16 engine."""
 
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """The filter on one flavor of TensorRT."""
+    """The result of the filter on one flavor of TensorRT."""
 
     flavor: str
     precision: str
     version: str | None = None
     plugin: str | None = None
-    """The library that the filter ran on, None: its function body."""
+    """The plugin library in use; None for the function body."""
     built: bool = False
     max_abs: float | None = None
-    """Largest error of the numbers, None: it was built only, there is no GPU to run it."""
+    """Largest error; None if the filter was only built, because there is no GPU to run it."""
     formats: tuple[str, ...] = ()
-    """Of the plugin's tensors in the finished engine, where the inspector was asked and knows."""
+    """Formats of the plugin's tensors in the finished engine, if the inspector knows them."""
     problem: str | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong: numbers that were not computed are not wrong."""
+        """Whether there is no problem; a filter that was only built is no problem."""
         return self.problem is None
 
     def line(self) -> str:
-        """Return it in words."""
+        """Return the result as text."""
         if self.problem:
             return f"{self.precision} FAILED: {self.problem}"
         how = f"with {self.plugin}" if self.plugin else "without plugin"
         if self.max_abs is None:
-            return f"{self.version}: builds the filter in {self.precision}, {how}; not run, for want of a GPU"
+            return f"{self.version}: builds the filter in {self.precision}, {how}; not run because there is no GPU"
         formats = f" ({'; '.join(self.formats)})" if self.formats else ""
         return f"{self.version}: {self.precision} ok, {how}{formats}, largest error {self.max_abs:.1e}"
 
@@ -74,9 +74,9 @@ class PluginCheck:
 
 
 def engine_checks(onnx_file: Path, features: Array, taps: Array, definition: Callable[..., Any]) -> list[EngineCheck]:
-    """Return the checks of every flavor that is installed, on a one-node model and the definition of its node.
+    """Return the checks of every installed flavor, for a one-node model and the definition of its node.
 
-    In fp16 only where onnx is installed, to change the model's types.
+    fp16 is only checked if onnx is installed, which is needed to change the model's types.
     """
     precisions = TOLERANCES if is_installed("onnx") else ["fp32"]
     flavors = [name for name in FLAVORS if installed(name)]
@@ -96,7 +96,7 @@ def _check(
     try:
         cuda = _cuda()
         if cuda is None and flavor.has_plugins:
-            return check(problem=f"{TITLES[name]} is installed and there is no usable GPU")
+            return check(problem=f"{TITLES[name]} is installed but there is no usable GPU")
         plugin = _plugin(flavor)
         plan = _build(flavor, _model(onnx_file, precision, plugin is not None), precision, features.shape, taps.shape)
         if cuda is None:
@@ -107,12 +107,12 @@ def _check(
         largest, allowed = float(np.abs(output - definition(f, t)).max()), TOLERANCES[precision]
         wrong = None if largest <= allowed else f"wrong numbers: error {largest:.1e}, allowed {allowed:g}"
         return check(plugin, True, largest, formats, wrong)
-    except Exception as problem:  # whatever it does on this machine is what the user wants to know
+    except Exception as problem:  # the user wants to know about any problem
         return check(problem=f"{type(problem).__name__}: {one_line(problem)}")
 
 
 def _cuda() -> Any:
-    """Return the CUDA runtime, or None where no GPU is usable."""
+    """Return the CUDA runtime, or None if there is no usable GPU."""
     from ..engines.cudart import CudaRuntime
 
     try:
@@ -124,15 +124,15 @@ def _cuda() -> Any:
 
 def _plugin(flavor: Flavor) -> str | None:
     if not flavor.has_plugins or not is_installed("onnx"):
-        return None  # no plugins, or no way to drop the function body that may win over one
+        return None  # there are no plugins, or the function body, which may take precedence, cannot be dropped
     try:
         return use_plugin(flavor, None).name
     except EnvironmentMismatch:
-        return None  # told in its own section
+        return None  # reported in a separate section
 
 
 def _model(onnx_file: Path, precision: str, with_plugin: bool) -> bytes:
-    """Return the model, for a plugin without the function body: before TensorRT 10.7 that would be taken instead."""
+    """Return the model; with a plugin without its function body, which TensorRT before 10.7 would use instead."""
     if precision == "fp32" and not with_plugin:
         return onnx_file.read_bytes()
     import onnx
@@ -162,9 +162,11 @@ def _build(flavor: Flavor, model: bytes, precision: str, *shapes: tuple[int, ...
 
 
 def _run(flavor: Flavor, cuda: Any, plan: bytes, features: Any, taps: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the output of a built filter for arrays on the CPU, and the formats of its tensors where it has a plugin.
+    """Return the output of a built filter for arrays on the CPU, and the formats of its tensors if it is the plugin.
 
-    Raises MisfError: it does not load, does not run, or is not of their type.
+    Raises:
+        MisfError: the engine does not load, does not run, or does not have the type of the arrays.
+
     """
     import numpy as np
 
@@ -200,7 +202,7 @@ def _run(flavor: Flavor, cuda: Any, plan: bytes, features: Any, taps: Any) -> tu
 
 
 def plugin_checks(load: Callable[[str], Any] = ctypes.CDLL) -> list[PluginCheck]:
-    """Return every installed plugin library; those for load_library are loaded into this process and looked into."""
+    """Return every installed plugin library; those for load_library are checked by loading them into this process."""
     found = []
     try:
         for info in library.installed_libraries():
@@ -208,7 +210,7 @@ def plugin_checks(load: Callable[[str], Any] = ctypes.CDLL) -> list[PluginCheck]
             problem = None
             if info.kind == "loadable":
                 try:
-                    load(str(info.path)).getCreators  # noqa: B018 - AttributeError where it is missing
+                    load(str(info.path)).getCreators  # noqa: B018 - AttributeError if it is missing
                 except (OSError, AttributeError) as error:
                     problem = one_line(error)
             found.append(PluginCheck(str(info.path), about, problem))

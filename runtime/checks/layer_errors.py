@@ -1,9 +1,9 @@
-"""Which layer it is: every convolution and filter of a model compared with PyTorch's, for `misf-verify --layers`.
+"""Finds the layer that is off: compares every convolution and filter with PyTorch's, for `misf-verify --layers`.
 
-The reference is the network in float32 on the CPU, its layers watched by hooks. The model's layers are marked as
-outputs and run by Polygraphy, on ONNX Runtime or in an engine built for this purpose; they carry the names of the
-checkpoint's parameters, by which both are matched. Marking outputs changes what TensorRT fuses: an error that comes of
-a fusion may move, or vanish.
+The reference is the network in float32 on the CPU, with hooks on its layers. The model's layers are marked as outputs
+and run by Polygraphy, on ONNX Runtime or in an engine built for this purpose. They have the names of the checkpoint's
+parameters, by which both are matched. Marking outputs changes what TensorRT fuses: an error caused by a fusion may
+move or vanish.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MEASURED = frozenset({"Conv", "ConvTranspose", onnx_op.OP_TYPE})
-"""ONNX nodes that are layers here: those with parameters, and the dynamic filters."""
+"""Ops of the ONNX nodes that count as layers: those with parameters, and the dynamic filter."""
 
 Layers = dict[str, NDArray[Any]]
-"""A layer's name -> what it made, N,C,h,w."""
+"""Name of a layer -> its output N,C,h,w."""
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """How far one layer's output is from the reference's."""
+    """How far a layer's output is from the reference's."""
 
     name: str
-    """As in the checkpoint (`middle.3.conv1`), or feature_filter, image_filter, filter."""
+    """Name in the checkpoint (`middle.3.conv1`), or feature_filter, image_filter or filter."""
     op: str
     relative_error: float
-    """Root mean square of the difference over that of the reference; infinite when a value is not finite."""
+    """Root mean square of the difference, divided by that of the reference; infinite if a value is not finite."""
     added: float
-    """Its relative error less the largest of the layers that feed it: what it added itself."""
+    """The relative error minus the largest one of the layers that feed it, which is what this layer added."""
     max_abs: float
     largest: float
-    """Largest absolute value of the reference: float16 ends at 65504."""
+    """Largest absolute value of the reference; the maximum of float16 is 65504."""
 
 
 def compare_layers(
@@ -65,10 +65,11 @@ def compare_layers(
 
     Args:
         reference, found: outputs by layer; `found` in the order of the graph.
-        feeds: for each layer, the layers whose outputs it is made of (see `feeding_layers`).
-        ops: for each layer, its kind.
+        feeds: the layers that feed each layer (see `feeding_layers`).
+        ops: the op of each layer.
 
-    Raises MisfError when the layers or their shapes are not the reference's: the model is of another network.
+    Raises:
+        MisfError: the layers or their shapes differ from the reference's, because the model is another network.
 
     """
     if set(found) != set(reference):
@@ -79,7 +80,10 @@ def compare_layers(
     for name, values in found.items():
         wanted = reference[name].astype(np.float64)
         if values.shape != wanted.shape:
-            raise MisfError(f"layer {name} makes {values.shape}, the checkpoint's network {wanted.shape}: other sizes")
+            raise MisfError(
+                f"layer {name} outputs {values.shape}, but {wanted.shape} in the checkpoint's network: "
+                "give the checkpoint of this model"
+            )
         finite = bool(np.isfinite(values).all())
         difference = np.abs(values.astype(np.float64) - wanted) if finite else np.full(1, np.inf)
         scale = max(float(np.sqrt(np.square(wanted).mean())), float(np.finfo(np.float32).tiny))
@@ -101,12 +105,12 @@ def compare_layers(
 
 
 def worst(results: Sequence[LayerResult]) -> LayerResult:
-    """Return the layer that added most to the error: where to look first."""
+    """Return the layer that added most to the error, which is the one to look at first."""
     return max(results, key=lambda result: result.added)
 
 
 def reference_layers(network: Any, image: Array, mask: Array) -> Layers:
-    """Return what each layer of a `misf.training` network makes of one batch, in float32, under the file's names."""
+    """Return the float32 output of each layer of a `misf.training` network for one batch, by its name in files."""
     import torch
     from torch import nn
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -140,7 +144,7 @@ def reference_layers(network: Any, image: Array, mask: Array) -> Layers:
 
 
 def layer_nodes(model: ModelProto) -> dict[str, Any]:
-    """Return the layers' nodes of a file of misf-export by name, in graph order."""
+    """Return the nodes of a misf-export file's layers by name, in graph order."""
     return {node.name: node for node in model.graph.node if _is_layer(node)}
 
 
@@ -152,7 +156,7 @@ def _is_layer(node: Any) -> bool:
 
 
 def feeding_layers(model: ModelProto) -> dict[str, list[str]]:
-    """Return, for each layer, the nearest layers before it on every way through the graph."""
+    """Return, for each layer, the nearest preceding layers on all paths through the graph."""
     makers = {output: node for node in model.graph.node for output in node.output}
 
     def before(node: Any) -> Iterator[str]:
@@ -172,16 +176,16 @@ def feeding_layers(model: ModelProto) -> dict[str, list[str]]:
 
 
 def model_layers(path: Path, device: str, image: Array, mask: Array) -> tuple[Layers, ModelProto]:
-    """Return what each layer of a model file makes of one batch, and its ONNX graph.
+    """Return the output of each layer of a model file for one batch, and the model's ONNX graph.
 
     Args:
-        path: an ONNX file, run by ONNX Runtime; or an engine: the ONNX file it was built of, which must lie beside it,
-            is built again for these sizes with its layers marked, by the same TensorRT and with the same plugin.
-        device: "cpu" or "cuda:N", where the model itself runs.
-        image, mask: as in `accuracy.Inpaint`.
+        path: an ONNX file, which runs on ONNX Runtime; or an engine. The ONNX file of an engine must be beside it; it
+            is built again for this size, with its layers marked, by the same TensorRT and with the same plugin.
+        device: the device of the model, "cpu" or "cuda:N".
+        image, mask: as for `accuracy.Inpaint`.
 
     Raises:
-        EnvironmentMismatch: the ONNX file of an engine is not there.
+        EnvironmentMismatch: the ONNX file of an engine is missing.
         MisfError: the marked model cannot be built or run; the message is Polygraphy's or the runtime's.
 
     """
@@ -199,36 +203,36 @@ def model_layers(path: Path, device: str, image: Array, mask: Array) -> tuple[La
             found = run(model, outputs, {"image": image, "mask": mask}, device)
         except MisfError:
             raise
-        except Exception as error:  # Polygraphy's and the runtimes' own share no base class
+        except Exception as error:  # exceptions of Polygraphy and the runtimes share no base class
             reason = f"{one_line(error)}: {errors[-1]}" if errors else one_line(error)
             raise MisfError(f"{path} does not run with its layers marked: {reason}") from error
     return {name: found[node.output[0]] for name, node in nodes.items()}, model
 
 
 def source_of(path: Path) -> Path:
-    """Return the ONNX file of a model: itself, or what an engine was built of; EnvironmentMismatch without it."""
+    """Return a model's ONNX file: itself or, for an engine, the file beside it; EnvironmentMismatch if missing."""
     if path.suffix.lower() not in ENGINES:
         return path
     info = read_info(path)
     source = path.parent / info.onnx
     if not source.is_file() or sha256(source) != info.onnx_sha256:
         raise EnvironmentMismatch(
-            f"the layers inside {path} cannot be seen, and {info.onnx}, the ONNX file it was built of, is not beside "
-            f"it (sha256 {info.onnx_sha256[:12]}...): copy it there, or export an .onnx, build that, and look into it"
+            f"--layers needs the ONNX file from which {path} was built, but {info.onnx} "
+            f"(sha256 {info.onnx_sha256[:12]}...) is not beside it: copy it there, or export and build again"
         )
     return source
 
 
 @contextlib.contextmanager
 def _heard() -> Iterator[list[str]]:
-    """Collect what Polygraphy and TensorRT say of errors, one line each, instead of printing it."""
+    """Collect the error messages of Polygraphy and TensorRT, one line each, instead of printing them."""
     from polygraphy.logger import G_LOGGER
 
     errors: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno < G_LOGGER.CRITICAL:  # those come as exceptions too
+            if record.levelno < G_LOGGER.CRITICAL:  # critical ones also come as exceptions
                 errors.append(" ".join(record.getMessage().split()))
 
     G_LOGGER.colors = G_LOGGER.letter = False
@@ -262,7 +266,7 @@ def _on_tensorrt(
 ) -> Layers:
     if device_index(device):
         raise EnvironmentMismatch(
-            f"--layers runs on the first GPU that it sees, not on {device}: set CUDA_VISIBLE_DEVICES to that one"
+            f"--layers runs on the first visible GPU, not on {device}: set CUDA_VISIBLE_DEVICES to select it"
         )
     info = read_info(plan)
     flavor = load_flavor(info.flavor)
@@ -277,7 +281,7 @@ def _on_tensorrt(
 
 
 def marked_engine(flavor: Flavor, model: bytes, outputs: Sequence[str], feeds: Mapping[str, Array]) -> Any:
-    """Return Polygraphy's loader of the plan, for just the shapes of `feeds`, in which `outputs` can be read."""
+    """Return Polygraphy's loader of a plan for exactly the shapes of `feeds`, with `outputs` marked as outputs."""
     _choose_tensorrt(flavor)
     from polygraphy.backend.trt import (
         CreateConfig,
@@ -295,7 +299,7 @@ def marked_engine(flavor: Flavor, model: bytes, outputs: Sequence[str], feeds: M
 
 
 def _choose_tensorrt(flavor: Flavor) -> None:
-    """Have Polygraphy take this TensorRT, and the libcudart that we know; it reads both when it is imported."""
+    """Make Polygraphy use this TensorRT and our libcudart, which it looks up when it is imported."""
     wants_rtx = not flavor.has_plugins
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(wants_rtx))
     folders = [*cudart_folders(), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
@@ -303,11 +307,11 @@ def _choose_tensorrt(flavor: Flavor) -> None:
     import polygraphy.config
 
     if wants_rtx != polygraphy.config.USE_TENSORRT_RTX:
-        raise MisfError("Polygraphy was imported before and keeps to one TensorRT: use a new process for the other")
+        raise MisfError("Polygraphy is already imported with the other TensorRT: use a new process")
 
 
 def layers_document(results: Sequence[LayerResult]) -> dict[str, Any]:
-    """Return the results as JSON can hold them: infinity becomes null."""
+    """Return the results for JSON: infinity becomes null."""
 
     def finite(value: Any) -> Any:
         return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""misf-verify: the accuracy gate."""
+"""misf-verify: compares a model with the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -113,21 +113,21 @@ def main(
             trouble = error
     _report(results, inside, faults, tolerance, model, inpaint, as_json)
     if faults and trouble:
-        log.warning("%s", trouble)  # what misses the tolerance is the more important line
+        log.warning("%s", trouble)  # only a warning: the missed tolerance is the more important message
     elif trouble:
         raise trouble
     if faults:
         raise AccuracyError(
-            f"{model} differs too much from {checkpoint}: {'; '.join(faults)}; to allow more, --max-abs or --min-psnr"
+            f"{model} differs too much from {checkpoint}: {'; '.join(faults)}; --max-abs and --min-psnr set the limits"
         )
 
 
 def _check_layers(model: Path, backend: str) -> str:
-    """Return the backend for --layers, after looking whether it can be done at all."""
+    """Return the backend for --layers, after checking that the model supports it."""
     from ..backends.contract import ENGINES
 
     if model.suffix.lower() not in (".onnx", *ENGINES):
-        raise click.UsageError(f"--layers looks into .onnx and .plan files, and {model.name} is neither")
+        raise click.UsageError(f"--layers works with .onnx and .plan files, and {model.name} is neither")
     if backend == "openvino":
         raise click.UsageError("--layers runs .onnx files on ONNX Runtime: give --backend onnxruntime, or leave it out")
     need("--layers", "export", "polygraphy", "onnx")
@@ -138,7 +138,7 @@ def _check_layers(model: Path, backend: str) -> str:
 
 
 def furthest(results: list[CaseResult], tolerance: Tolerance) -> int:
-    """Return which case is furthest from the reference: not finite, then out of tolerance, then by its PSNR."""
+    """Return the index of the worst case: not finite first, then out of tolerance, then by PSNR."""
 
     def badness(index: int) -> tuple[bool, bool, float]:
         result = results[index]

@@ -1,7 +1,7 @@
-"""The few functions of the CUDA runtime that an engine needs, through ctypes: no torch, no pycuda, CUDA 12 and 13.
+"""The few functions of the CUDA runtime that engines need, through ctypes, without torch or pycuda; CUDA 12 and 13.
 
-Signatures: cuda_runtime_api.h. Only functions whose signature is the same in CUDA 12 and 13 are used (so
-cudaGraphInstantiateWithFlags instead of cudaGraphInstantiate, attributes instead of cudaDeviceProp).
+The signatures are in cuda_runtime_api.h. Only functions with the same signature in CUDA 12 and 13 are used, such as
+cudaGraphInstantiateWithFlags instead of cudaGraphInstantiate, and attributes instead of cudaDeviceProp.
 """
 
 from __future__ import annotations
@@ -69,10 +69,14 @@ class CudaError(MisfError):
 
 
 class CudaRuntime:
-    """libcudart, its errors as exceptions. Handles (streams, events, graphs) and addresses are ints.
+    """libcudart, with its errors as CudaError. Handles (streams, events, graphs) and addresses are ints.
 
-    library: a loaded libcudart, or anything with its functions; None finds one. Raises EnvironmentMismatch where there
-    is none.
+    Args:
+        library: a loaded libcudart, or any object with its functions; None finds one.
+
+    Raises:
+        EnvironmentMismatch: no libcudart was found.
+
     """
 
     def __init__(self, library: Any = None):
@@ -89,33 +93,33 @@ class CudaRuntime:
             raise CudaError(name, code, (self._library.cudaGetErrorString(code) or b"unknown error").decode())
 
     def _made(self, name: str, *arguments: Any) -> int:
-        """Return the handle or address that a function writes to its first argument."""
+        """Call a function and return the handle or address that it writes to its first argument."""
         handle = c_void_p()
         self._call(name, byref(handle), *arguments)
         return handle.value or 0
 
     def version(self) -> tuple[int, int]:
-        """Return major and minor of the library."""
+        """Return the major and minor version of the library."""
         value = c_int()
         self._call("cudaRuntimeGetVersion", byref(value))
         return value.value // 1000, value.value % 1000 // 10
 
     def device_count(self) -> int:
-        """Return the number of GPUs; CudaError where the driver is missing or too old."""
+        """Return the number of GPUs; CudaError if the driver is missing or too old."""
         value = c_int()
         self._call("cudaGetDeviceCount", byref(value))
         return value.value
 
     def set_device(self, index: int) -> None:
-        """Make a GPU the calling thread's."""
+        """Make a GPU current in the calling thread."""
         self._call("cudaSetDevice", index)
 
     @contextlib.contextmanager
     def on(self, index: int) -> Iterator[None]:
-        """Make a GPU the calling thread's for a block.
+        """Make a GPU current in the calling thread for a block.
 
-        Afterwards it is the one that it was, unless that one was not in use: it would get a context, which takes some
-        hundred MB of its memory.
+        Afterwards the previous GPU is restored if it was in use. Otherwise restoring it would create a context there,
+        which takes some hundred MB of its memory.
         """
         before = c_int()
         self._call("cudaGetDevice", byref(before))
@@ -127,19 +131,19 @@ class CudaRuntime:
                 self.set_device(before.value)
 
     def device_of(self, address: int) -> int | None:
-        """Return the number of the GPU that an address belongs to; None: it is no memory of a GPU."""
+        """Return the index of the GPU whose memory contains an address, or None if it is not GPU memory."""
         attributes = (c_int * 32)()  # struct cudaPointerAttributes: type, device, more; 88 bytes in CUDA 13
         self._call("cudaPointerGetAttributes", attributes, address)
         return attributes[1] if attributes[0] in GPU_MEMORY else None
 
     def attribute(self, name: str, device: int) -> int:
-        """Return one of ATTRIBUTES of a GPU."""
+        """Return an attribute of a GPU; `name` is one of ATTRIBUTES."""
         value = c_int()
         self._call("cudaDeviceGetAttribute", byref(value), ATTRIBUTES[name], device)
         return value.value
 
     def compute_capability(self, device: int) -> str:
-        """Return 'major.minor' of a GPU."""
+        """Return the compute capability of a GPU as 'major.minor'."""
         return f"{self.attribute('major', device)}.{self.attribute('minor', device)}"
 
     def malloc(self, size: int) -> int:
@@ -182,7 +186,7 @@ class CudaRuntime:
             self._call("cudaStreamSynchronize", stream)
 
     def wait_for(self, stream: int, other: int) -> None:
-        """Make what is enqueued on `stream` from now on wait for what `other` holds now."""
+        """Make later work on `stream` wait for the work that is now enqueued on `other`."""
         event = self._made("cudaEventCreateWithFlags", EVENT_DISABLE_TIMING)
         try:
             self._call("cudaEventRecord", event, other)
@@ -191,11 +195,11 @@ class CudaRuntime:
             self._call("cudaEventDestroy", event)
 
     def begin_capture(self, stream: int) -> None:
-        """Record what this thread enqueues on a stream, instead of running it."""
+        """Record the work that this thread enqueues on a stream, instead of running it."""
         self._call("cudaStreamBeginCapture", stream, CAPTURE_THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> int:
-        """Return the recorded work as a graph that can be launched again and again."""
+        """Return the recorded work as a graph, which can be launched repeatedly."""
         graph = c_void_p()
         self._call("cudaStreamEndCapture", stream, byref(graph))
         try:
@@ -204,7 +208,7 @@ class CudaRuntime:
             self._call("cudaGraphDestroy", graph.value)
 
     def abandon_capture(self, stream: int) -> None:
-        """End a capture that failed, and forget the error that it left."""
+        """End a capture that failed, and clear its error."""
         graph = c_void_p()
         if self._library.cudaStreamEndCapture(stream, byref(graph)) == 0 and graph.value:
             self._library.cudaGraphDestroy(graph)
@@ -220,9 +224,9 @@ class CudaRuntime:
 
 
 def find_cudart() -> Any:
-    """Return libcudart loaded: one that the process has already, the system's, or one of a pip package.
+    """Return a loaded libcudart: one already in the process, the system's, or one of a pip package.
 
-    The first one for which the driver is new enough; where there is none such, the first.
+    It is the first one for which the driver is new enough, or else the first one; EnvironmentMismatch if there is none.
     """
     found: list[Any] = []
     problems = []
@@ -248,7 +252,7 @@ def find_cudart() -> Any:
 
 
 def cudart_folders() -> list[str]:
-    """Return the folders outside the system's that hold a libcudart, for libraries that search fewer of them."""
+    """Return the non-system folders with a libcudart, for libraries that search fewer folders."""
     return list(dict.fromkeys(str(Path(name).parent) for name in _candidates() if Path(name).is_absolute()))
 
 
@@ -263,9 +267,9 @@ def _candidates() -> Iterator[str]:
 
 
 def gpu_name(device: int) -> str:
-    """Return a GPU's name by the driver, or 'unknown GPU'.
+    """Return a GPU's name from the driver, or 'unknown GPU'.
 
-    The CUDA runtime has it only in a structure that differs between CUDA 12 and 13.
+    The CUDA runtime has the name only in a structure that differs between CUDA 12 and 13.
     """
     driver = _driver()
     name, handle = ctypes.create_string_buffer(256), c_int()
@@ -275,7 +279,7 @@ def gpu_name(device: int) -> str:
 
 
 def in_use(device: int) -> bool:
-    """Return whether this process has a context on a GPU; yes where the driver cannot be asked."""
+    """Return whether this process has a context on a GPU; True if there is no driver to query."""
     driver, handle, flags, active = _driver(), c_int(), c_uint(), c_int()
     if driver is None or driver.cuDeviceGet(byref(handle), device):
         return True

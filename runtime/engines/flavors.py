@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX: which of them is here, its version, its log as ours, our plugin in its registry.
+"""TensorRT and TensorRT for RTX: which one is installed, its version, its log, and our plugin in its registry.
 
-Both have the same Python interface under the names `tensorrt` and `tensorrt_rtx`; nothing else of misf imports them.
-TensorRT for RTX has no plugins: it takes the dynamic filter from the function body in the ONNX file.
+Both have the same Python interface, in the modules `tensorrt` and `tensorrt_rtx`, which only this file imports.
+TensorRT for RTX has no plugins and uses the function body of the dynamic filter in the ONNX file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLAVORS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Name of a flavor, as in --backend and in side-cars -> Python module."""
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 OLDEST, BEYOND = (10, 3), (12, 0)
-"""Versions of TensorRT that the plugin and the builder are written for."""
+"""Versions of TensorRT that the plugin and the builder support."""
 
 KEPT_ERRORS = 20
 
@@ -43,12 +43,12 @@ class Flavor:
 
     @property
     def title(self) -> str:
-        """As in 'TensorRT 10.3.0'."""
+        """Name and version, such as 'TensorRT 10.3.0'."""
         return f"{TITLES[self.name]} {self.version}"
 
     @property
     def has_plugins(self) -> bool:
-        """Whether it takes our plugin."""
+        """Whether it supports our plugin."""
         return self.name == "tensorrt"
 
     @property
@@ -63,9 +63,11 @@ def installed(name: str) -> bool:
 
 
 def load_flavor(name: str = "auto") -> Flavor:
-    """Return a flavor by name; "auto": TensorRT where installed, else TensorRT for RTX.
+    """Return a flavor by name; "auto" is TensorRT if it is installed, else TensorRT for RTX.
 
-    Raises EnvironmentMismatch: it is not installed, does not start, or has a version that we do not know.
+    Raises:
+        EnvironmentMismatch: it is not installed, does not start, or has an unsupported version.
+
     """
     if name == "auto":
         found = [candidate for candidate in FLAVORS if installed(candidate)]
@@ -91,7 +93,7 @@ def load_flavor(name: str = "auto") -> Flavor:
 def logger_of(flavor: Flavor) -> Any:
     """Return a TensorRT logger that writes to our log and keeps its last errors in the list `errors`.
 
-    One per flavor: TensorRT keeps the first logger that it is given for everything.
+    There is one per flavor, because TensorRT uses the first logger that it gets for everything.
     """
     return _logger(flavor.module.ILogger, flavor.name)
 
@@ -99,7 +101,7 @@ def logger_of(flavor: Flavor) -> Any:
 @functools.cache
 def _logger(base: Any, name: str) -> Any:
     levels = {
-        base.Severity.INTERNAL_ERROR: logging.DEBUG,  # reported by the caller, as one line: see `reason`
+        base.Severity.INTERNAL_ERROR: logging.DEBUG,  # the caller reports these as one line (`reason`)
         base.Severity.ERROR: logging.DEBUG,
         base.Severity.WARNING: logging.INFO,
     }
@@ -121,7 +123,7 @@ def _logger(base: Any, name: str) -> Any:
 def reason(logger: Any) -> str:
     """Return and clear TensorRT's last error, as one line without the location in NVIDIA's sources."""
     if not logger.errors:
-        return "it gave no reason"
+        return "no reason given"
     text = " ".join(str(logger.errors[-1]).split())
     logger.errors.clear()
     text = re.sub(r"^(.*: )?Error Code \d+: [\w ]+ \((.*)\)$", r"\2", text)
@@ -130,10 +132,15 @@ def reason(logger: Any) -> str:
 
 
 def use_plugin(flavor: Flavor, explicit: Path | None) -> Path:
-    """Return the plugin library after loading it into the flavor's registry.
+    """Load the plugin library into the flavor's registry, and return its path.
 
-    explicit: the file that the user named; None: MISF_PLUGIN, or where `misf-plugin build` puts it. Raises
-    EnvironmentMismatch: there is none, it is for another TensorRT, or it does not load.
+    Args:
+        flavor: TensorRT; TensorRT for RTX has no plugins.
+        explicit: the file that the user named; None: MISF_PLUGIN, or the library that `misf-plugin build` installed.
+
+    Raises:
+        EnvironmentMismatch: there is no library, it is for another TensorRT, or it does not load.
+
     """
     path = library.find_library(flavor.major, explicit)
     library.load_library(flavor.module.get_plugin_registry(), path, flavor.version)

@@ -1,7 +1,7 @@
 """TensorRT's engine inspector on a finished engine: types, layers by kind, formats at the filters.
 
-TensorRT 10 writes 'Format/Datatype' in words, TensorRT 11 'Format' and 'DataType' apart. Of tensors whose shape is
-dynamic it says only "N/A due to dynamic shapes", whatever they are: unknown is not wrong.
+TensorRT 10 writes 'Format/Datatype' in words, TensorRT 11 separate 'Format' and 'DataType'. For tensors with a dynamic
+shape it writes only "N/A due to dynamic shapes", so that an unknown type is not an error.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 _TENSOR_KEYS = ("Format/Datatype", "Format/DataType", "Format", "DataType")
 _UNKNOWN = re.compile(r"^N/A|^\s*$")
-# In words, or inside a tactic's name: sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_...
+# Types appear in words or in a tactic's name, such as sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_...
 _FP16 = re.compile(r"half|fp16|float16|f16f16", re.IGNORECASE)
 _FP32 = re.compile(r"float|fp32|f32f32", re.IGNORECASE)
 
 
 def inspect(trt: Any, engine: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return the inspector's JSON of a loaded engine, with `shapes` for its inputs: it knows more of those."""
+    """Return the inspector's JSON of a loaded engine with `shapes` as input shapes, which add to the information."""
     inspector = engine.create_engine_inspector()
-    # USER_MANAGED: no memory, which nothing here needs.
+    # USER_MANAGED allocates no memory, and none is needed here.
     context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     if context is not None and all(context.set_input_shape(name, shape) for name, shape in shapes.items()):
         inspector.execution_context = context
@@ -36,7 +36,7 @@ def inspect(trt: Any, engine: Any, shapes: Mapping[str, tuple[int, ...]]) -> str
 
 
 def inspected_types(information: str) -> dict[str, int]:
-    """Return how many tensors, weights and kernels of an engine are 'fp16', 'fp32' and 'unknown'."""
+    """Return the numbers of 'fp16', 'fp32' and 'unknown' tensors, weights and kernels of an engine."""
     counts: Counter[str] = Counter()
     for layer in _layers(information):
         weights = [part for part in (layer.get("Weights"), layer.get("Bias")) if isinstance(part, dict)]
@@ -53,9 +53,11 @@ def inspected_types(information: str) -> dict[str, int]:
 
 
 def inspected_proof(asked: str, information: str, name: str) -> str:
-    """Return what proves the precision that was requested: "engine", or "network" where the inspector cannot tell.
+    """Return the proof of the requested precision: "engine", or "network" if the inspector does not know.
 
-    Raises AccuracyError when it is fp16 and the engine `name`, all of whose types are known, has none.
+    Raises:
+        AccuracyError: fp16 was requested and the engine `name`, all of whose types are known, has none.
+
     """
     types = inspected_types(information)
     log.debug("tensors, weights and kernels of %s: %s", name, types)
@@ -67,7 +69,7 @@ def inspected_proof(asked: str, information: str, name: str) -> str:
 def inspected_layers(information: str) -> dict[str, Any]:
     """Return {"kinds": {type of layer: number}, "reformats": number, "filters": {name: formats of inputs and output}}.
 
-    The filters are the plugin's layers, without the plugin there are none. Empty where the inspector only names layers.
+    Filters are layers of the plugin; without it there are none. The result is empty if the inspector only names layers.
     """
     layers = list(_layers(information))
     kinds = Counter(str(layer.get("LayerType", "unknown")) for layer in layers)
@@ -80,7 +82,7 @@ def inspected_layers(information: str) -> dict[str, Any]:
 
 
 def _layers(information: str) -> Iterator[dict[str, Any]]:
-    """Yield the layers; none where they are given by name only."""
+    """Yield the layers; none if the inspector only names them."""
     yield from (layer for layer in json.loads(information).get("Layers", []) if isinstance(layer, dict))
 
 

@@ -1,4 +1,4 @@
-"""A network as every engine of ours is built: strongly typed, parsed from ONNX, without TF32, with one profile."""
+"""Networks for all of our engines: strongly typed, parsed from ONNX, without TF32, with one profile."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 def parsed_network(flavor: Flavor, builder: Any, model: bytes, failure: str) -> tuple[Any, Any]:
     """Return a strongly typed network of an ONNX model, and its parser, which must outlive the build.
 
-    Raises MisfError: TensorRT does not parse it; the message is `failure` and the parser's first error.
+    Raises:
+        MisfError: TensorRT cannot parse the model; the message is `failure` and the parser's first error.
+
     """
     trt = flavor.module
-    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # 11.x types always
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # always on in 11.x
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger_of(flavor))
     if not parser.parse(model):
@@ -27,11 +29,11 @@ def parsed_network(flavor: Flavor, builder: Any, model: bytes, failure: str) -> 
 
 
 def build_config(flavor: Flavor, builder: Any, inputs: Mapping[str, Shapes]) -> Any:
-    """Return a builder's config with one profile for the inputs' shapes, and all that the inspector can tell."""
+    """Return a builder config with one profile for the inputs' shapes, and detailed information for the inspector."""
     trt, config, profile = flavor.module, builder.create_builder_config(), builder.create_optimization_profile()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 10 bits of mantissa are not fp32
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, but with 10 bits of mantissa it is not fp32
     for name, shapes in inputs.items():
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
@@ -41,7 +43,7 @@ def build_config(flavor: Flavor, builder: Any, inputs: Mapping[str, Shapes]) -> 
 def parser_error(parser: Any) -> str:
     """Return the parser's first error as one line."""
     if not parser.num_errors:
-        return "it gave no reason"
+        return "no reason given"
     error = parser.get_error(0)
     text = " ".join(error.desc().split())
     name = error.node_name()

@@ -1,7 +1,7 @@
-"""Running TensorRT for RTX. It compiles its kernels in the process that runs an engine, for each shape.
+"""Running engines of TensorRT for RTX, which compiles kernels for each shape in the process that runs the engine.
 
-A new shape starts on general kernels while specialised ones are compiled in the background. A CUDA graph of ours would
-keep the general ones, so TensorRT captures its own; misf-build makes engines that allow it (REQUIRE_USER_ALLOCATION).
+A new shape starts on general kernels while specialised ones are compiled in the background. Our CUDA graph would keep
+the general ones, so TensorRT captures its own; misf-build makes engines that allow this (REQUIRE_USER_ALLOCATION).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class RtxKernels:
-    """The compiled kernels of a TensorRT for RTX and a GPU, in misf's cache folder from one process to the next."""
+    """The compiled kernels for a version of TensorRT for RTX and a GPU, kept in misf's cache folder."""
 
     def __init__(self, version: str, gpu: str):
         name = f"kernels-tensorrt-rtx-{version}-{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}.cache"
@@ -27,7 +27,7 @@ class RtxKernels:
         self._stored = b""
 
     def runtime_config(self, trt: Any, engine: Any, cuda_graph: bool) -> Any:
-        """Return what `engine` makes its contexts of. The GPU must be this thread's."""
+        """Return the configuration for the contexts of `engine`. Its GPU must be current in this thread."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if cuda_graph:
@@ -35,12 +35,12 @@ class RtxKernels:
         self._cache = config.create_runtime_cache()
         self._stored = self._path.read_bytes() if self._path.is_file() else b""
         if self._stored and not self._cache.deserialize(self._stored):
-            log.info("the kernels in %s are for another driver, or damaged: compiling them again", self._path)
+            log.info("the kernels in %s are for another driver or damaged: compiling them again", self._path)
         config.set_runtime_cache(self._cache)
         return config
 
     def save(self) -> None:
-        """Write the kernels back where there are new ones."""
+        """Save the kernels if there are new ones."""
         data = bytes(self._cache.serialize())
         if data == self._stored:
             return
@@ -49,4 +49,4 @@ class RtxKernels:
             with written_whole(self._path) as temporary:
                 temporary.write_bytes(data)
         except OSError as error:
-            log.warning("the compiled kernels were not kept: %s", one_line(error))
+            log.warning("the compiled kernels were not saved: %s", one_line(error))

@@ -1,8 +1,8 @@
 """The side-car of an engine, X.plan.json: what the plan was built from, and for which machine.
 
-A plan is bound to its TensorRT, its GPU and its plugin, and TensorRT's own checks give long messages or none; so the
-side-car records what the plan needs, and it is compared before the plan is loaded. The plan itself stays pure: trtexec
-and Triton read it.
+A plan only works with its version of TensorRT, its GPU and its plugin, and TensorRT's checks give long messages or
+none. So the side-car records what the plan needs, and this is checked before the plan is loaded. The plan itself is an
+ordinary plan, which trtexec and Triton can read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Limits:
-    """The shapes that an engine takes, N, H, W each."""
+    """The minimum, optimum and maximum shapes of an engine, N, H, W each."""
 
     min: Shape
     opt: Shape
     max: Shape
 
     def fault(self, n: int, height: int, width: int) -> str | None:
-        """Return why a shape does not fit, or None."""
+        """Return why the engine does not support a shape, or None if it does."""
         shape = (n, height, width)
         if all(low <= side <= high for low, side, high in zip(self.min, shape, self.max, strict=True)):
             return None
@@ -46,25 +46,25 @@ class Limits:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Contents of the side-car."""
+    """The contents of a side-car."""
 
     plan_sha256: str
     plan_bytes: int
     flavor: str
     """tensorrt or tensorrt-rtx."""
     version: str
-    """Of that flavor: a plan runs on no other."""
+    """Version of that flavor; a plan runs on no other."""
     platform: str
-    """'Linux x86_64'."""
+    """Operating system and processor, such as 'Linux x86_64'."""
     gpu: str | None
-    """Name of the GPU that it was tuned on; None where there was none (TensorRT for RTX tunes when it loads)."""
+    """Name of the GPU that it was tuned on; None if there was none (TensorRT for RTX tunes when it loads)."""
     compute_capability: str | None
     precision_asked: str
     precision_obtained: str
     precision_proof: str
-    """network: types of the parsed, strongly typed network; engine: the inspector saw it in the finished engine too."""
+    """network: from the types of the parsed network; engine: also from the inspector on the finished engine."""
     convolutions: dict[str, int]
-    """How many convolutions run in each type."""
+    """Number of convolutions by type."""
     limits: Limits
     config: dict[str, Any]
     """The network's config, from the ONNX file."""
@@ -72,31 +72,31 @@ class EngineInfo:
     onnx_sha256: str
     checkpoint_sha256: str
     plugin: str | None = None
-    """File name of the plugin library, None for an engine without."""
+    """File name of the plugin library; None for an engine without it."""
     plugin_sha256: str | None = None
     layers: dict[str, Any] = field(default_factory=dict)
-    """Layers of each type, reformats, formats at the filters: inspector.inspected_layers."""
+    """Layers by type, reformats, and formats at the filters (`inspector.inspected_layers`)."""
     settings: dict[str, Any] = field(default_factory=dict)
     misf: str = ""
 
     def to_json(self) -> str:
-        """Return the side-car's text."""
+        """Return the side-car as JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
 
 def side_car(plan: Path) -> Path:
-    """Return where the side-car of a plan lies."""
+    """Return the path of a plan's side-car."""
     return plan.with_name(plan.name + ".json")
 
 
 def this_platform() -> str:
-    """Return the operating system and processor that a plan is bound to."""
+    """Return this machine's operating system and processor, to which plans are bound."""
     return f"{platform.system()} {platform.machine()}"
 
 
 @contextlib.contextmanager
 def _restored_on_failure(path: Path) -> Iterator[None]:
-    """Restore a file, or remove a new one, when the block fails."""
+    """Restore a file, or remove it if it is new, when the block fails."""
     before = path.read_bytes() if path.is_file() else None
     try:
         yield
@@ -110,7 +110,7 @@ def _restored_on_failure(path: Path) -> Iterator[None]:
 
 
 def write_engine(plan: Path, data: Any, info: EngineInfo) -> None:
-    """Write a plan and its side-car: both, or neither. `data` is the plan as a buffer; info.plan_* describe it."""
+    """Write a plan (the buffer `data`) and its side-car, both or neither; info.plan_* describe the plan."""
     with _restored_on_failure(side_car(plan)), written_whole(plan) as temporary_plan:
         temporary_plan.write_bytes(data)
         with written_whole(side_car(plan)) as temporary_side_car:
@@ -120,7 +120,10 @@ def write_engine(plan: Path, data: Any, info: EngineInfo) -> None:
 def read_info(plan: Path) -> EngineInfo:
     """Return the side-car of a plan, after comparing it with the plan's bytes.
 
-    Raises EnvironmentMismatch: no side-car. MisfError: not a plan, a plan cut off or another, a damaged side-car.
+    Raises:
+        EnvironmentMismatch: there is no side-car.
+        MisfError: the file is not a plan, is truncated or not the plan of its side-car, or the side-car is damaged.
+
     """
     with plan.open("rb") as file:
         magic = file.read(4)
@@ -135,7 +138,7 @@ def read_info(plan: Path) -> EngineInfo:
     info = _parse(path)
     size = plan.stat().st_size
     if size != info.plan_bytes:
-        fate = "is cut off" if size < info.plan_bytes else "is not the plan of its side-car"
+        fate = "is truncated" if size < info.plan_bytes else "is not the plan of its side-car"
         raise MisfError(f"{plan} {fate}: {size} bytes instead of {info.plan_bytes}; copy or build it again")
     if sha256(plan) != info.plan_sha256:
         raise MisfError(f"{plan} is not the plan that {path.name} describes, or is damaged: copy or build it again")
@@ -162,16 +165,16 @@ def _shape(sides: list[int]) -> Shape:
 
 
 def check_flavor(plan: Path, info: EngineInfo, version: str, title: str) -> None:
-    """Raise EnvironmentMismatch unless this TensorRT (of the plan's flavor) is the one that the plan was built with."""
+    """Raise EnvironmentMismatch unless the plan was built with this version of its flavor of TensorRT."""
     if info.version != version:
         raise EnvironmentMismatch(
-            f"{plan} was built with version {info.version}, here is {title}, and plans run on no other version: "
+            f"{plan} was built with version {info.version} and runs on no other version, but this is {title}: "
             f"build it here with misf-build {info.onnx}"
         )
 
 
 def check_machine(plan: Path, info: EngineInfo) -> None:
-    """Raise EnvironmentMismatch unless the plan was built for this operating system and processor, or for any (RTX)."""
+    """Raise EnvironmentMismatch unless the plan is for this operating system and processor, or for any (RTX)."""
     if info.flavor == "tensorrt" and info.platform != this_platform():
         raise EnvironmentMismatch(
             f"{plan} was built on {info.platform}, this is {this_platform()}: build it here with misf-build {info.onnx}"
@@ -181,7 +184,7 @@ def check_machine(plan: Path, info: EngineInfo) -> None:
 def check_gpu(plan: Path, info: EngineInfo, compute_capability: str) -> None:
     """Raise EnvironmentMismatch unless the plan was built for GPUs of this compute capability.
 
-    Plans of TensorRT for RTX are for every GPU from Ampere (8.0) on, by NVIDIA's documents.
+    According to NVIDIA's documentation, plans of TensorRT for RTX run on every GPU from Ampere (8.0) on.
     """
     if info.flavor == "tensorrt-rtx" and int(compute_capability.partition(".")[0]) < OLDEST_RTX:
         raise EnvironmentMismatch(

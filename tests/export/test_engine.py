@@ -88,7 +88,7 @@ def test_the_onnx_file_of_an_engine_stays(
     kept.write_bytes(b"precious")
     result = export(tiny_checkpoint, *arguments)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"{kept}, which the engine is built of, exists and is another model: give --force" in result.stderr
+    assert f"{kept}, from which the engine is built, exists and is another model: give --force" in result.stderr
     assert (kept.read_bytes(), plan.read_bytes()) == (b"precious", b"old")
     assert export(tiny_checkpoint, *arguments, "--force").exit_code == 0
     assert sha256(kept) == read_info(plan).onnx_sha256 == sha256(fp16.onnx)
@@ -120,7 +120,7 @@ def test_a_precision_that_does_not_come_out(tiny_onnx: Path, fp16: Any, tmp_path
     for source, asked, came in ((tiny_onnx, "fp16", "fp32"), (fp16.onnx, "fp32", "fp16")):
         result = build(source, "-o", target, "--precision", asked, *SMALL)
         assert (result.exit_code, result.stdout) == (3, "")
-        assert f"{asked} was requested but {came} came out" in result.stderr
+        assert f"{asked} was requested but the engine is {came}" in result.stderr
         assert f"misf-export --precision {asked}" in result.stderr
     assert target.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [target]
@@ -186,14 +186,14 @@ def test_other_files(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (["cut.onnx"], 1, "cut.onnx is not an ONNX file, or a damaged one"),
         (["empty.onnx"], 1, "empty.onnx is not one of our ONNX files"),
         (["folder.onnx"], 1, "folder.onnx is a folder"),
-        (["absent.onnx"], 1, "absent.onnx is not there"),
+        (["absent.onnx"], 1, "absent.onnx does not exist"),
         (["good.onnx"], 1, "good.plan exists: give --force"),
         (["good.onnx", "-o", "x.onnx"], 2, "expected a name that ends in .plan"),
         (["good.onnx", "-o", "missing/x.plan", *SMALL], 1, "cannot write missing/x.plan: No such file"),
         (["good.onnx", "-o", "x.plan", "--min-shape", "64"], 2, "expected HxW"),
         (["good.onnx", "-o", "x.plan", "--plugin", "a.so", "--no-plugin"], 2, "contradict"),
         (["good.onnx", "-o", "x.plan", "--plugin", "a.so"], 1, "has no plugins"),
-        (["good.onnx", "-o", "x.plan", "--device", "cpu"], 2, "an engine is for a GPU"),
+        (["good.onnx", "-o", "x.plan", "--device", "cpu"], 2, "engines run on GPUs only"),
         (["good.onnx", "-o", "x.plan", "--fp16", "--precision", "fp32"], 2, "contradict"),
     ):
         backend = ["--backend", "tensorrt-rtx"] if code != 2 else []
@@ -208,7 +208,7 @@ def test_engine_options_are_for_engines(tiny_checkpoint: Path, tmp_path: Path) -
     arguments = ["--checkpoint", tiny_checkpoint, "-o", tmp_path / "x.onnx", "--max-shape", "96x96", "--no-plugin"]
     result = CliRunner().invoke(export_cli.main, [str(argument) for argument in arguments])
     assert result.exit_code == 2
-    assert "--max-shape, --no-plugin: for an engine, and x.onnx is none" in result.stderr
+    assert "--max-shape, --no-plugin: only for engines, and x.onnx is not one" in result.stderr
 
 
 def test_both_files_or_neither(tiny_plan: Path, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_tensorrt_build_on_another_gpu(tensorrt_on_the_second_gpu: Any, fp16: An
     plan = tmp_path / "x.plan"
     result = build(fp16.onnx, "-o", plan, *SMALL, "--no-plugin", "--device", "cuda:1", "-v")
     assert result.exit_code == 0, result.stderr
-    assert "layers: 1 CaskConvolution, 1 Reformat, 1 PluginV3; 1 change a tensor's format only" in result.stderr
+    assert "layers: 1 CaskConvolution, 1 Reformat, 1 PluginV3; 1 of them only change a tensor's format" in result.stderr
     assert f"filter filter: {NO_ANSWER}; Channel major FP16 format where channel % 8 == 0" in result.stderr
     info = read_info(plan)
     assert info.layers == inspected_layers(json.dumps(DYNAMIC))
@@ -583,7 +583,7 @@ def test_logger_keeps_errors_and_hides_noise(caplog: pytest.LogCaptureFixture) -
         logger.log(severity.ERROR, "IBuilder::build: Error Code 4: API Usage Error (profile 0\nis missing)")
     assert [record.message for record in caplog.records] == ["tensorrt-rtx: something real"]
     assert tensorrt_api.reason(logger) == "profile 0 is missing"
-    assert tensorrt_api.reason(logger) == "it gave no reason"  # an old error does not explain the next failure
+    assert tensorrt_api.reason(logger) == "no reason given"  # an old error does not explain the next failure
     assert tensorrt_api.logger_of(Flavor("tensorrt-rtx", trt, "another object")) is logger
 
 

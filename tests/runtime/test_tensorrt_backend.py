@@ -174,7 +174,7 @@ def test_another_gpu_than_the_first(
     with pytest.raises(ValueError, match="image must be on cuda:1, like the engine, but is on cuda:0"):
         engine(ours, theirs)  # type: ignore[arg-type]
     ours.__cuda_array_interface__["data"] = (8, False)
-    with pytest.raises(ValueError, match="is in no GPU's memory"):
+    with pytest.raises(ValueError, match="is not in GPU memory"):
         engine(ours, theirs)  # type: ignore[arg-type]
 
 
@@ -398,7 +398,7 @@ def accepted_but_not_loadable(plan: Path) -> None:
 
 
 SPOILED = {
-    "cut off": (cut_off, 1, "is cut off: 1000 bytes instead of"),
+    "cut off": (cut_off, 1, "is truncated: 1000 bytes instead of"),
     "damaged": (flip_a_bit, 1, "is damaged"),
     "not a plan": (not_a_plan, 1, "is not a TensorRT engine"),
     "no side-car": (lambda plan: side_car(plan).unlink(), 4, "has no side-car model.plan.json"),
