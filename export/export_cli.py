@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import command, print_json
+from ..plugins.shared.command import command, print_json, print_line
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need, need_onnx_runtime
 from ..plugins.shared.files import sha256, written_whole
@@ -146,6 +146,8 @@ def main(
         if onnx and (fp16 or precision or config):
             raise click.UsageError("--precision, --fp16 and --config are for --checkpoint; --onnx is used unchanged")
         chosen = "fp16" if fp16 else precision or "fp16"
+        if onnx is None:
+            _need_export()  # before anything is fetched
         _web(
             web,
             force,
@@ -210,7 +212,7 @@ def main(
 
     Console().print(results_table(report.results, f"{report.path.name} ({precision}) against PyTorch float32"))
     log.info("run it: misf-run %s image.png mask.png", report.path)
-    click.echo(str(report.path))
+    print_line(str(report.path))
 
 
 def _triton(folder: Path, model: Path, backend: str) -> None:
@@ -230,8 +232,7 @@ def _export(
     inline: bool = False,
 ) -> ExportReport:
     assert checkpoint is not None
-    need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
-    need_onnx_runtime("misf-export")
+    _need_export()
     from ..runtime.checks.accuracy import load_photographs
     from ..training.model.checkpoint import load_checkpoint
     from .exporter import export_onnx
@@ -239,6 +240,11 @@ def _export(
     photographs = load_photographs(calibration) if calibration else None
     loaded = load_checkpoint(checkpoint, config=config)
     return export_onnx(loaded, output, precision, photographs, range_limit, inline)
+
+
+def _need_export() -> None:
+    need("misf-export", "export", "torch", "onnx", "onnx_graphsurgeon", "onnxscript")
+    need_onnx_runtime("misf-export")
 
 
 def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network: Callable[[Path], Path]) -> None:
@@ -258,7 +264,7 @@ def _web(folder: Path, force: bool, as_json: bool, package: Path | None, network
         return
     log.info("a visitor downloads %.1f MB, once", report.visit_bytes / 1e6)
     log.info("try it: python -m http.server --bind 127.0.0.1 --directory %s", report.folder)
-    click.echo(str(report.folder))
+    print_line(str(report.folder))
 
 
 def _put(onnx_file: Path, force: bool, export: Callable[[Path], Any]) -> None:

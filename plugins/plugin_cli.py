@@ -7,7 +7,7 @@ import re
 
 import click
 
-from .shared.command import Command, command, print_json
+from .shared.command import Command, command, print_json, print_line
 from .shared.errors import EnvironmentMismatch
 
 
@@ -75,7 +75,7 @@ def build_command(
     if as_json:
         print_json([_document(info) for info in built])
     else:
-        click.echo("\n".join(str(info.path) for info in built))
+        print_line("\n".join(str(info.path) for info in built))
 
 
 @command("path")
@@ -91,7 +91,7 @@ def path_command(major: int | None, self_registering: bool) -> None:
     """
     from .dynamic_filter.tensorrt import library
 
-    click.echo(library.find_library(major or _installed_major(), self_registering=self_registering))
+    print_line(str(library.find_library(major or _installed_major(), self_registering=self_registering)))
 
 
 @command("info")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from PIL import Image
 from ..plugins.shared.command import one_line
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.files import written_whole
-from .inpainter import Inpainter
+from .inpainter import FillReport, Inpainter
 from .jobs import Job, check_output, find_mask
 from .pictures.canvas import Canvas, Pixels
 from .pictures.crops import plan_crops
 from .pictures.geometry import Box, Mask, Size
-from .pictures.image_io import open_mask, open_picture, output_format
-from .pictures.masks import feathered, resized_mask
+from .pictures.image_io import open_mask, open_picture, stored_size, written_format
+from .pictures.masks import check_mask, feathered, resized_mask
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +41,14 @@ class FileFiller:
 
     def run(self, job: Job, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Return what was done with one picture, for --json. Raises ValueError, OSError, MisfError or MemoryError."""
-        try:
+        with _known_failures(job):
             return self._run(job, progress)
-        except (MisfError, ValueError, OSError, MemoryError):
-            raise
-        except Exception as error:  # whatever it is, it must not end a folder's run
-            log.debug("the failure in full:", exc_info=True)
-            raise MisfError(f"{job.image}: unexpected {type(error).__name__}: {one_line(error)}") from error
 
     def _run(self, job: Job, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
         started = time.perf_counter()
         mask_path = None if self._mask is None else find_mask(job, self._mask)
         check_output(job, mask_path, self._concat, self._force)
-        target = output_format(job.output)
+        target = written_format(job.output, job.image)
         picture = open_picture(job.image, target)
         height, width = picture.canvas.size
         masks = self._inpainter.masks
@@ -62,7 +58,7 @@ class FileFiller:
         if mask_path is None:
             picture.make_opaque(hole)
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(job.output, changed=report.hole_pixels > 0)
+        picture.save(job.output, report.hole_pixels > 0, target or picture.format)
         record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
         if before is not None:
             _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
@@ -71,26 +67,33 @@ class FileFiller:
         return {**record, "width": width, "height": height, **asdict(report), "seconds": round(seconds, 4)}
 
     def crop_sizes(self, job: Job) -> list[Size]:
-        """Return the sizes H,W at which the network would see the crops of a picture, by its mask alone."""
-        masks, path = self._inpainter.masks, None if self._mask is None else find_mask(job, self._mask)
-        hole = self._read_mask(path or job.image)
-        size = hole.shape
-        if masks.resize:
-            with Image.open(job.image) as image:
-                size = (image.height, image.width)  # turned or not: the crops are as large
-        hole = masks.fitted(hole, size)
-        hole = feathered(hole, masks.feather) > 0 if masks.feather else hole
-        return [crop.size for crop in plan_crops(hole, self._inpainter.settings)]
+        """Return the sizes H,W at which the network would see a picture's crops, by its mask and its file's header.
 
-    def rehearse(self, job: Job) -> tuple[float, int]:
-        """Fill a picture and encode it, without writing it; return the model's seconds and the number of crops."""
-        mask_path = None if self._mask is None else find_mask(job, self._mask)
-        picture = open_picture(job.image, output_format(job.output))
-        masks = self._inpainter.masks
-        hole = masks.fitted(self._read_mask(mask_path or job.image), picture.canvas.size)
-        report = self._inpainter.fill(picture.canvas, hole, feather=masks.feather)
-        picture.encoded(picture.format, changed=True)
-        return report.model_seconds, report.crops
+        Errors as of `run`, for what would stop it before the network is asked.
+        """
+        with _known_failures(job):
+            mask_path = None if self._mask is None else find_mask(job, self._mask)
+            check_output(job, mask_path, self._concat, self._force)
+            masks, hole = self._inpainter.masks, self._read_mask(mask_path or job.image)
+            size = stored_size(job.image)
+            if hole.shape == size[::-1]:
+                size = hole.shape  # the picture is turned by its EXIF; the mask is for what is displayed
+            hole = masks.fitted(hole, size)
+            check_mask(hole, size)
+            hole = feathered(hole, masks.feather) > 0 if masks.feather else hole
+            return [crop.size for crop in plan_crops(hole, self._inpainter.settings)]
+
+    def rehearse(self, job: Job) -> FillReport:
+        """Fill a picture and encode it without writing it, and return how it was filled. Errors as of `run`."""
+        with _known_failures(job):
+            mask_path = None if self._mask is None else find_mask(job, self._mask)
+            target = written_format(job.output, job.image)
+            picture = open_picture(job.image, target)
+            masks = self._inpainter.masks
+            hole = masks.fitted(self._read_mask(mask_path or job.image), picture.canvas.size)
+            report = self._inpainter.fill(picture.canvas, hole, feather=masks.feather)
+            picture.encoded(target or picture.format, changed=report.hole_pixels > 0)
+            return report
 
     def _decode_mask(self, path: Path) -> Mask:
         try:
@@ -98,6 +101,18 @@ class FileFiller:
         except ValueError as error:
             text = str(error)
             raise ValueError(text if str(path) in text else f"{path}: {text}") from error
+
+
+@contextlib.contextmanager
+def _known_failures(job: Job) -> Iterator[None]:
+    """Turn whatever is raised within the block into one of the failures that do not end a folder's run."""
+    try:
+        yield
+    except (MisfError, ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        log.debug("the failure in full:", exc_info=True)
+        raise MisfError(f"{job.image}: unexpected {type(error).__name__}: {one_line(error)}") from error
 
 
 def _panel(canvas: Canvas) -> Pixels:

@@ -226,11 +226,8 @@ class Inpainter:
             started = time.perf_counter()
             fill = self._predict(canvas.read(crop.box, crop.size), _reduced_mask(waiting[crop.box.slices], crop.size))
             seconds += time.perf_counter() - started
-            fill = _full_resolution(fill, crop)
-            if weights is not None:
-                weight = weights[crop.core.slices][..., None]
-                fill = weight * fill + (1 - weight) * canvas.read(crop.core, crop.core.size)
-            canvas.paste(crop.core, fill, crop.hole)
+            share = None if weights is None else weights[crop.core.slices]
+            canvas.paste(crop.core, _full_resolution(fill, crop), crop.hole, share)
             if len(crops) > 1:
                 waiting[crop.core.slices] &= ~crop.hole
             if progress:

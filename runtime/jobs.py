@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .pictures.image_io import FORMATS, output_format
+from .pictures.image_io import FORMATS, looks_like_picture, written_format
 
 MASK_NAME = re.compile(r"(.+)_mask\d*")  # LaMa's pairs: x.png and x_mask001.png side by side
 
@@ -44,7 +44,7 @@ def plan_jobs(
     if not image.is_dir():
         job = _single_job(image, output)
         return [job if mask is None else replace(job, masks=_MaskIndex(mask).masks(image, job.relative))], []
-    folder = output or image.with_name(f"{image.resolve().name}_inpainted")
+    folder = output or image.with_name(f"{_real(image).name}_inpainted")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{image} is a folder and the output {folder} is a file: name a folder")
     pictures, skipped = _pictures(image, mask, folder, follow_links)
@@ -73,7 +73,7 @@ def _single_job(image: Path, output: Path | None) -> Job:
     elif not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
     else:
-        output_format(output)
+        written_format(output, image)
     return Job(image, output, named, Path(image.name), output.with_name(f"{output.stem}_concat.png"))
 
 
@@ -156,18 +156,19 @@ def check_output(job: Job, mask: Path | None, concat: bool, force: bool) -> None
 
 def _pictures(image: Path, mask: Path | None, output: Path, follow_links: bool) -> tuple[list[Path], list[Path]]:
     """Return the pictures below a folder, and its other files, relative to it; no hidden ones, no masks, no outputs."""
-    apart = [path.resolve() for path in (mask, output) if path is not None]
-    pairs = mask is not None and mask.is_dir() and mask.resolve() == image.resolve()
+    root = _real(image)
+    apart = [_real(path) for path in (mask, output) if path is not None]
+    pairs = mask is not None and mask.is_dir() and _real(mask) == root
     found: list[Path] = []
     others: list[Path] = []
-    seen = {image.resolve()}
+    seen = {root}
     for folder, folders, names in os.walk(image, followlinks=True):
         here = Path(folder)
         entered = []
         for name in sorted(name for name in folders if not name.startswith(".")):
-            real = (here / name).resolve()
+            real = _real(here / name)
             linked = (here / name).is_symlink()
-            if real in apart or real in seen or (linked and real.is_relative_to(image.resolve())):
+            if real in apart or real in seen or (linked and real.is_relative_to(root)):
                 continue
             if linked and not follow_links:
                 others.append((here / name).relative_to(image))
@@ -176,13 +177,19 @@ def _pictures(image: Path, mask: Path | None, output: Path, follow_links: bool) 
             entered.append(name)
         folders[:] = entered
         for path in (here / name for name in names if not name.startswith(".")):
-            is_mask = (pairs and MASK_NAME.fullmatch(path.stem)) or path.resolve() in apart
+            is_mask = (pairs and MASK_NAME.fullmatch(path.stem)) or _real(path) in apart
             if not is_mask:
                 (found if _is_picture(path) else others).append(path.relative_to(image))
     return sorted(found), sorted(others)
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a link to itself
+
+
 def _is_picture(path: Path) -> bool:
+    if not path.suffix:
+        return path.is_file() and looks_like_picture(path)
     return path.suffix.lower() in FORMATS and path.is_file()
 
 

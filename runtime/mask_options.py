@@ -26,12 +26,15 @@ class Values(click.ParamType):  # type: ignore[type-arg] # no generic before cli
         return numbers
 
 
-def _without_values(ctx: click.Context, parameter: click.Parameter, value: tuple[int, ...] | None) -> Any:
-    threshold = ctx.get_parameter_source("mask_threshold")
-    if value is not None and threshold is click.core.ParameterSource.COMMANDLINE:
+def _alone(ctx: click.Context, parameter: click.Parameter, value: tuple[int, ...] | None) -> Any:
+    """Return the values; a usage error beside the options that contradict them, which click reads first."""
+    given = ctx.get_parameter_source("mask_threshold") is click.core.ParameterSource.COMMANDLINE
+    if value is not None and given:
         raise click.BadParameter(
             "--mask-threshold is for masks of light and dark: leave one of them out", ctx, parameter
         )
+    if value is not None and ctx.params.get("mask_from_alpha"):
+        raise click.BadParameter("--mask-from-alpha looks at the alpha channel: leave one of them out", ctx, parameter)
     return value
 
 
@@ -49,7 +52,7 @@ READING = (
         "--mask-value",
         "mask_values",
         type=Values(),
-        callback=_without_values,
+        callback=_alone,
         help="Holes are the pixels with these values of an indexed or grey mask: label maps.",
     ),
 )
@@ -73,6 +76,7 @@ FITTING = (
     click.option(
         "--mask-from-alpha",
         is_flag=True,
+        is_eager=True,
         help="Transparent pixels are the hole: those of MASK, or of IMAGE if no MASK is given.",
     ),
 )

@@ -1,8 +1,9 @@
-"""Refuse runs that cannot fit in memory: Linux would kill the process without an error."""
+"""What this machine has: memory, so that runs that cannot fit are refused (Linux would kill the process), and cores."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ def available_bytes() -> int | None:
             left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
             found.append(max(0, left + _cached_files(CGROUP / counters, prefix)))
     return min(found, default=None)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cached_files(counters: Path, prefix: str) -> int:

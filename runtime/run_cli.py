@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import command, one_line, print_json
+from ..plugins.shared.command import command, one_line, print_json, print_line
 from ..plugins.shared.errors import BATCH_FAILURES
+from ..plugins.shared.files import JsonLines
 from ..plugins.shared.progress import progress
 from ..plugins.shared.shipped import ModelFile
 from .backends.contract import BACKENDS, PRECISIONS
-from .folder_run import FolderRun, Results, run_one
+from .folder_run import Results, run_folder, run_one
 from .mask_options import FITTING, READING, mask_options
 from .pictures.settings import STRATEGIES
 
 if TYPE_CHECKING:
+    from .estimate import Estimate
     from .fill_file import FileFiller
     from .jobs import Job
 
@@ -35,6 +35,13 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
         return parse_device(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def _max_pixels(_context: click.Context, _parameter: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        from PIL import Image
+
+        Image.MAX_IMAGE_PIXELS = -(-value // 2)  # Pillow warns from this on, and refuses from twice this on
 
 
 @command("misf-run")
@@ -92,7 +99,16 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option("--concat", is_flag=True, help="Also write OUTPUT_concat.png: before, holes in red, after.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @click.option(
-    "--skip-existing", is_flag=True, help="Skip pictures whose output exists, to continue an interrupted run."
+    "--skip-existing",
+    is_flag=True,
+    help="Skip pictures whose output exists, to continue an interrupted run; runs at the same time share the work.",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    callback=_max_pixels,
+    expose_value=False,
+    help="Refuse pictures of more pixels than this, as bombs.  [default: Pillow's limit, 179 million]",
 )
 @click.option("--no-follow-links", is_flag=True, help="Do not follow links to folders.")
 @click.option(
@@ -105,7 +121,7 @@ def _device(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Append a line of JSON for each picture as it is done: status done, exists or failed.",
+    help="Append a line of JSON for each file as it is done: status done, exists, failed or skipped (no picture).",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Write nothing; count pictures and crops and estimate the time they take."
@@ -143,13 +159,16 @@ def main(
     if force and skip_existing:
         raise click.UsageError("--force and --skip-existing contradict each other: give one of them")
     # Before the model is loaded, so that a wrong path fails at once.
-    planned, results = _planned(image, mask, output, skip_existing, not no_follow_links)
+    planned, finished, skipped = _planned(image, mask, output, skip_existing, not no_follow_links)
+    lines = click.get_current_context().with_resource(JsonLines(report)) if report and not dry_run else None
 
     from .fill_file import FileFiller
     from .inpainter import Inpainter
+    from .memory import usable_cores
 
-    if options["threads"] is None and jobs > 1:
-        options["threads"] = max(1, (os.cpu_count() or 1) // jobs)
+    at_once = min(jobs, max(1, len(planned)))
+    if options["threads"] is None and at_once > 1:
+        options["threads"] = max(1, usable_cores() // at_once)
     inpainter = Inpainter(model, **options)
     chosen = inpainter.backend
     settings = {
@@ -162,63 +181,56 @@ def main(
     }
     filler = FileFiller(inpainter, mask, concat, force)
     if dry_run:
-        return _estimate(filler, planned, results, jobs, settings, as_json)
-    lines = report.open("a", encoding="utf-8") if report else None
+        found = _estimate(filler, planned, at_once)
+        left = {"finished_before": len(finished), "skipped": len(skipped)}
+        where = f"{chosen.name}, {chosen.device}, {chosen.precision}"
+        print_json(settings | found.to_dict() | left) if as_json else print_line(found.text(where))
+        return _exit_code(found.failures, image.is_dir())
+    results = Results(skipped, finished, lines, print_paths=not as_json)
     try:
-        run = FolderRun(filler, results, jobs, lines, print_paths=not as_json) if image.is_dir() else None
-        if run:
-            run(planned, share=skip_existing)
+        if image.is_dir():
+            run_folder(filler, planned, results, at_once, share=skip_existing)
         else:
-            run_one(filler, planned, results, lines, print_path=not as_json)
+            run_one(filler, planned, results)
     except BaseException:
         results.interrupted = True
         raise
     finally:
-        with contextlib.suppress(OSError):  # every line was flushed, or has failed already
-            if lines:
-                lines.close()
         if as_json:
             print_json(settings | results.to_dict())
-    if results.failures and not image.is_dir():
-        raise results.failures[0][1]
-    if results.failures:
+    if results.failures and image.is_dir():
         log.error("%d of %d pictures failed", len(results.failures), len(planned))
-    return BATCH_FAILURES if results.failures else 0
+    return _exit_code(results.failures, image.is_dir())
 
 
-def _estimate(
-    filler: FileFiller, planned: list[Job], results: Results, jobs: int, settings: dict[str, Any], as_json: bool
-) -> int:
-    """Print what a run would do, and exit as it would where a picture's mask is already known to be wrong."""
+def _exit_code(failures: list[tuple[Job, Exception]], folder: bool) -> int:
+    """Return the exit code of a folder's run; raise what a single picture failed of."""
+    if failures and not folder:
+        raise failures[0][1]
+    return BATCH_FAILURES if failures else 0
+
+
+def _estimate(filler: FileFiller, planned: list[Job], at_once: int) -> Estimate:
+    """Return what a run would do; the pictures that are known to fail are named in the log."""
     from .estimate import estimate
 
     with progress("masks", lines=True) as step:
-        found = estimate(filler, planned, jobs, step)
-    document = {
-        **settings,
-        **found.to_dict(),
-        "finished_before": len(results.finished),
-        "skipped": len(results.skipped),
-    }
+        found = estimate(filler, planned, at_once, step)
     for job, error in found.failures:
         log.error("%s: %s", job.relative, one_line(error))
-    if as_json:
-        print_json(document)
-    else:
-        click.echo(found.text(f"{settings['backend']}, {settings['device']}, {settings['precision']}"))
-    return BATCH_FAILURES if found.failures else 0
+    return found
 
 
 def _planned(
     image: Path, mask: Path | None, output: Path | None, skip_existing: bool, follow_links: bool
-) -> tuple[list[Job], Results]:
-    """Return the jobs to do, and the results with what is not to do."""
+) -> tuple[list[Job], list[Job], list[Path]]:
+    """Return the jobs to do, those whose output is there, and the files that are no pictures."""
     from .jobs import plan_jobs
-    from .pictures.image_io import output_format
+    from .pictures.image_io import written_format
 
     if output is not None and not image.is_dir() and not output.is_dir():
         try:
-            output_format(output)
+            written_format(output, image)
         except ValueError as error:
             raise click.BadParameter(f"{error}, or a folder that exists", param_hint="--output") from error
     jobs, skipped = plan_jobs(image, mask, output, follow_links)
@@ -229,4 +241,4 @@ def _planned(
     if finished:
         log.info("%d of %d pictures are finished and left alone", len(finished), len(jobs))
     waiting = set(jobs) - set(finished)
-    return [job for job in jobs if job in waiting], Results([image / path for path in skipped], finished)
+    return [job for job in jobs if job in waiting], finished, [image / path for path in skipped]

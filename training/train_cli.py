@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plugins.shared.command import command
+from ..plugins.shared.command import command, print_line
 from ..plugins.shared.errors import MisfError
 from ..plugins.shared.extras import need
 from ..plugins.shared.progress import progress
@@ -357,7 +357,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
     trainer.close()
     if fabric.is_global_zero:
         log.info("done; the weights are in")
-        click.echo(folder.weights)
+        print_line(str(folder.weights))
 
 
 def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int) -> TrainingSamples | ResidentSamples:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ...plugins.shared.command import command, print_json
+from ...plugins.shared.command import command, print_json, print_line
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import need
 from ...plugins.shared.shipped import shipped_model
@@ -80,4 +80,4 @@ def finish(report: Any, as_json: bool) -> None:
     if as_json:
         print_json(document(report))
     else:
-        click.echo(str(report.path))
+        print_line(str(report.path))

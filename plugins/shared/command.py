@@ -58,9 +58,21 @@ def misf_version() -> str:
     return version("misf")
 
 
+def print_line(text: str) -> None:
+    """Print a result on stdout, at once; characters that its encoding lacks as the bytes of a file name.
+
+    click.echo would write past a progress bar, and question marks for those characters.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        error.filename = "stdout"  # for one_line
+        raise
+
+
 def print_json(document: object) -> None:
     """Print a command's JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2))
+    print_line(json.dumps(document, indent=2))
 
 
 def wants_progress_bar() -> bool:
@@ -88,9 +100,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        print(
-            prefix + _subject.get() + self.format(record), file=sys.stderr, flush=True
-        )  # click.echo would write past a progress bar
+        subject = _subject.get()
+        text = self.format(record).removeprefix(subject.rpartition("/")[2])  # some lines name their file themselves
+        print(prefix + subject + text, file=sys.stderr, flush=True)  # click.echo would write past a progress bar
 
 
 def set_up_logging(verbose: bool = False, quiet: bool = False) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -49,6 +51,46 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
     for path in Path(folder).glob(f"{_PREFIX}{'[0-9a-f]' * 16}*"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+class JsonLines:
+    """A file to which records are appended, a line of JSON each: a context manager.
+
+    A line is written at once, so that a process that is killed leaves whole lines, and several may share a file. Raises
+    OSError, naming the file, when it cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        with self._naming():
+            self._file = self._path.open("ab", buffering=0)
+            if self._path.is_file():
+                with self._path.open("rb") as before:
+                    before.seek(max(0, self._path.stat().st_size - 1))
+                    if before.read() not in (b"", b"\n"):
+                        self._file.write(b"\n")  # what was cut off there stays on a line of its own
+
+    def append(self, record: object) -> None:
+        """Write a record."""
+        line = json.dumps(record).encode() + b"\n"
+        with self._naming():
+            written = self._file.write(line)
+            if written < len(line):  # the disk is full
+                os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write {self._path}: {error.strerror}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

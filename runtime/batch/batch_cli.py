@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 
-from ...plugins.shared.command import command
+from ...plugins.shared.command import command, print_line
 from ...plugins.shared.errors import BATCH_FAILURES, MisfError
 from ...plugins.shared.extras import need
+from ...plugins.shared.files import JsonLines
 from ...plugins.shared.progress import progress
 from ...plugins.shared.shipped import SHIPPED, shipped_model
 from ..backends.contract import ENGINES
@@ -62,9 +62,10 @@ def main(
 ) -> int:
     """Fill the pictures of IMAGE on a Ray cluster, and print the path of each result.
 
-    The arguments and options are those of misf-run. IMAGE and MASK are folders or files, paths or URLs (s3://, gs://,
-    az://); or IMAGE is a list (.jsonl), an object a line with image and perhaps mask and output. Pictures whose output
-    exists are left alone, unless --force: the same command continues a run that ended for whatever reason.
+    The arguments, and the options about model, crops and masks, are those of misf-run. IMAGE and MASK are folders or
+    files, paths or URLs (s3://, gs://, az://); or IMAGE is a list (.jsonl), an object a line with image and perhaps
+    mask and output. Pictures whose output exists are left alone, unless --force: the same command continues a run
+    that ended for whatever reason.
 
     \b
     Example:
@@ -85,7 +86,7 @@ def main(
     start = _starter(path, contents, {**options, "threads": threads}, force, threads, gpus)
     needs = {"CPU": float(threads), **({"GPU": gpus} if gpus else {})}
     counts: Counter[str] = Counter()
-    log_file = report.open("a", encoding="utf-8") if report else None
+    lines = click.get_current_context().with_resource(JsonLines(report)) if report else None
     begun = time.monotonic()
     try:
         with progress("pictures", lines=True) as step:
@@ -96,12 +97,10 @@ def main(
 
             for record in run(entries(image, mask, output), start, needs, tell):
                 counts[record["status"]] += 1
-                _write(record, log_file)
+                _write(record, lines)
                 if max_failures is not None and counts["failed"] > max_failures:
                     raise MisfError(f"{counts['failed']} pictures failed, more than --max-failures {max_failures}")
     finally:
-        if log_file:
-            log_file.close()
         import ray
 
         ray.shutdown()
@@ -109,14 +108,13 @@ def main(
     return BATCH_FAILURES if counts["failed"] else 0
 
 
-def _write(record: dict[str, Any], log_file: IO[str] | None) -> None:
-    if log_file:
-        log_file.write(json.dumps(record) + "\n")
-        log_file.flush()
+def _write(record: dict[str, Any], lines: JsonLines | None) -> None:
+    if lines:
+        lines.append(record)
     if record["status"] == "failed":
         log.error("%s", record["error"])
     elif record["status"] == "done":
-        click.echo(record["output"])
+        print_line(record["output"])
 
 
 def _model(name: str) -> tuple[str, dict[str, bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import click
 from ...plugins.shared.command import command, misf_version, one_line, print_json
 from ...plugins.shared.errors import FAILURE
 from ...plugins.shared.extras import is_installed, pip_install
+from ..memory import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,7 +204,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "processor": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "cpu_features": [flag for flag in interesting if flag in flags],
         "gpus": gpus(),
     }

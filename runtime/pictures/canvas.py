@@ -19,6 +19,7 @@ from .geometry import Box, Mask, Size
 log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.float32]  # H,W,3 RGB in [0,1]
+Weights = NDArray[np.float32]  # H,W in [0,1], the fill's share of a pixel
 PILLOW_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's convert("L")
 
@@ -33,8 +34,8 @@ class Canvas(Protocol):
     def read(self, box: Box, size: Size) -> Pixels:
         """Return a part of the picture, resized to `size`, as float32 H,W,3 RGB in [0,1]."""
 
-    def paste(self, box: Box, fill: Pixels, hole: Mask) -> None:
-        """Write `fill` where `hole` is True; both have the size of `box`."""
+    def paste(self, box: Box, fill: Pixels, hole: Mask, weights: Weights | None = None) -> None:
+        """Write `fill` where `hole` is True, with `weights` blended into what is there; all have the size of `box`."""
 
 
 class ArrayCanvas:
@@ -60,12 +61,17 @@ class ArrayCanvas:
         part = self._colour[box.slices].astype(np.float32) / self._levels
         return np.asarray(np.broadcast_to(resize(part, size), (*size, 3)))
 
-    def paste(self, box: Box, fill: Pixels, hole: Mask) -> None:
-        """Write `fill` where `hole` is True."""
+    def paste(self, box: Box, fill: Pixels, hole: Mask, weights: Weights | None = None) -> None:
+        """Write `fill` where `hole` is True, with `weights` blended into what is there."""
         colours = fill[hole]
         if self._colour.shape[2] == 1:
             colours = (colours @ LUMA)[:, None]
-        self._colour[box.slices][hole] = np.rint(np.clip(colours, 0, 1) * self._levels).astype(self.array.dtype)
+        values = np.clip(colours, 0, 1) * self._levels
+        part = self._colour[box.slices]
+        if weights is not None:
+            share = weights[hole][:, None]
+            values = share * values + (1 - share) * part[hole]
+        part[hole] = np.rint(values).astype(self.array.dtype)
 
 
 class PillowCanvas:
@@ -94,9 +100,14 @@ class PillowCanvas:
             rgb = rgb.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         return np.asarray(rgb, np.float32) / np.float32(255)
 
-    def paste(self, box: Box, fill: Pixels, hole: Mask) -> None:
-        """Write `fill` where `hole` is True."""
+    def paste(self, box: Box, fill: Pixels, hole: Mask, weights: Weights | None = None) -> None:
+        """Write `fill` where `hole` is True, with `weights` blended into what is there: in its own colours, not in RGB,
+        unless it has too few of them."""
         part = self.image.crop(box)
+        share = hole if weights is None else np.where(hole, np.rint(weights * 255), 0).astype(np.uint8)
+        if weights is not None and self.image.mode in ("1", "P"):
+            fill = weights[..., None] * fill + (1 - weights[..., None]) * self.read(box, box.size)
+            share = hole
         rgb = Image.fromarray(np.rint(np.clip(fill, 0, 1) * 255).astype(np.uint8))
         if self.image.mode == "P":
             patch = _nearest_palette_colours(rgb, part, hole)
@@ -106,7 +117,7 @@ class PillowCanvas:
             patch = rgb.convert(self.image.mode, dither=Image.Dither.NONE)
         if self.image.mode in ("LA", "RGBA"):
             patch.putalpha(part.getchannel("A"))
-        self.image.paste(patch, box, Image.fromarray(hole))
+        self.image.paste(patch, box, Image.fromarray(share))
 
 
 def resize(part: NDArray[np.float32], size: Size, smooth: bool = False) -> NDArray[np.float32]:

@@ -11,9 +11,10 @@ What happens to each kind (known pixel: one outside the hole):
     16-bit colour TIFF, 32-bit numbers     refused: Pillow would drop bits without a word
     CMYK (JPEG, TIFF)                      stays CMYK, filled through its profile; as another format it becomes RGB
     rotated by EXIF                        filled as it is displayed, stored turned as before (TIFF, BMP: upright)
-    JPEG                                   written with the tables and the subsampling it had; other input: quality 95
+    JPEG                                   written with the tables and the subsampling it had, as RGB, CMYK or YCCK if
+                                           it was; other input: quality 95
     WebP                                   lossless stays lossless; else quality 95
-    AVIF                                   quality 95, stored upright
+    AVIF, HEIC                             quality 95, stored upright; HEIC needs the extra heic
     several frames or pages                refused (of an MPO, a phone's JPEG with extras, the main picture is taken)
 
 What the file says about its picture is carried by metadata.py, without previews: they would show what was removed.
@@ -22,6 +23,7 @@ What the file says about its picture is carried by metadata.py, without previews
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -33,13 +35,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, JpegImagePlugin, UnidentifiedImageError
 
 from ...plugins.shared.command import one_line
+from ...plugins.shared.extras import is_installed, pip_install
 from ...plugins.shared.files import written_whole
-from . import metadata, png16
+from . import jpeg, metadata, png16
 from .canvas import ArrayCanvas, PillowCanvas, cmyk_to_srgb
-from .geometry import Mask
+from .geometry import Mask, Size
+from .masks import note_depth
 from .metadata import Metadata
 from .previews import without_jpegs
 from .tiff import ORIENTATION, without_orientation
@@ -57,8 +61,13 @@ FORMATS = {
     ".bmp": "BMP",
     ".gif": "GIF",
     ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
 }
 READABLE = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+STARTS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM", b"GIF87a", b"GIF89a")
+BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heif", b"mif1", b"msf1")
+"""Of the ISO media files that are pictures; the last five are HEIF's."""
 NO_ALPHA = ("JPEG", "BMP", "GIF")
 KEEPS_ORIENTATION = ("PNG", "JPEG", "WEBP")
 LOSSLESS_TIFF = ("raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "lzma", "zstd", "group4")
@@ -97,12 +106,13 @@ class Picture:
             alpha.paste(255, (0, 0), Image.fromarray(mask))
             self.canvas.image.putalpha(alpha)
 
-    def save(self, path: Path, changed: bool = True) -> None:
-        """Write the picture whole or not at all, in the format of the path's suffix. Raises OSError or ValueError.
+    def save(self, path: Path, changed: bool = True, format_: str | None = None) -> None:
+        """Write the picture whole or not at all. Raises OSError or ValueError.
 
         changed: False where nothing was filled; then a file of the same format gets the very bytes that came.
+        format_: Pillow's name of the format to write; None: that of the path's suffix.
         """
-        encoded = self.encoded(output_format(path), changed)
+        encoded = self.encoded(format_ or output_format(path), changed)
         with written_whole(path) as temporary:
             temporary.write_bytes(encoded)
 
@@ -129,13 +139,17 @@ class Picture:
                 image = image.transpose(DISPLAYS[turn_back])
         image.info = {key: image.info[key] for key in ("transparency", "background", "comment") if key in image.info}
         buffer = io.BytesIO()
+        ycck = format_ == self.format == "JPEG" and self.info.get("ycck")
         try:
-            image.save(buffer, format_, **self._options(format_, said))
+            image = jpeg.to_ycck(image) if ycck else image
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd EXIF, which Pillow reads again for AVIF and WebP
+                image.save(buffer, format_, **self._options(format_, said))
         except (OSError, ValueError, SystemError) as error:
             raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
         encoded = buffer.getvalue()
         if format_ == "JPEG":
-            return metadata.add_to_jpeg(self.name, encoded, said)
+            return metadata.add_to_jpeg(self.name, jpeg.marked_ycck(encoded) if ycck else encoded, said)
         if format_ == "PNG":
             return metadata.add_to_png(encoded, metadata.png_chunks(said, same))
         return metadata.add_to_tiff(encoded, said) if format_ == "TIFF" else encoded
@@ -143,6 +157,7 @@ class Picture:
     def _warn_of_losses(self, format_: str) -> None:
         said = self.metadata
         lost = ["IPTC"] if said.iptc and format_ not in ("JPEG", "PNG", "TIFF") else []
+        lost += ["Photoshop's resources"] if said.resources and format_ != "JPEG" else []
         if format_ in ("BMP", "GIF"):
             lost += [
                 what for what, there in (("EXIF", said.exif), ("XMP", said.xmp), ("the profile", said.icc)) if there
@@ -157,24 +172,27 @@ class Picture:
         """Return the keyword arguments for Pillow's save() that keep what the file had."""
         options: dict[str, Any] = {}
         same = format_ == self.format
-        if said.icc and format_ in ("JPEG", "WEBP", "TIFF", "AVIF"):
+        if said.icc and format_ in ("JPEG", "WEBP", "TIFF", "AVIF", "HEIF"):
             options["icc_profile"] = said.icc
         if _usable_resolution(self.info.get("dpi")):
             options["dpi"] = self.info["dpi"]
-        if format_ in ("WEBP", "AVIF"):
+        if format_ in ("WEBP", "AVIF", "HEIF"):
             exif = said.exif if format_ == "WEBP" else without_orientation(said.exif)
             options |= {key: value for key, value in (("exif", exif), ("xmp", said.xmp)) if value}
         if format_ == "JPEG":
             if same:
-                options |= {key: self.info[key] for key in ("qtables", "subsampling", "comment") if key in self.info}
+                kept = ("qtables", "subsampling", "keep_rgb", "quality", "comment")
+                options |= {key: self.info[key] for key in kept if key in self.info}
                 options["progressive"] = bool(self.info.get("progressive"))
             else:
                 options |= {"quality": 95, "subsampling": 0}
         if format_ == "WEBP":
-            lossy = self.format in ("JPEG", "AVIF") or (same and b"VP8L" not in _riff_chunks(self.data))
+            lossy = self.format in ("JPEG", "AVIF", "HEIF") or (same and b"VP8L" not in _riff_chunks(self.data))
             options |= {"quality": 95} if lossy else {"lossless": True, "exact": True}
         if format_ == "AVIF":
             options |= {"quality": 95, "subsampling": "4:4:4"}
+        if format_ == "HEIF":
+            options |= {"quality": 95, "chroma": 444}
         if format_ == "TIFF":
             compression = self.info.get("compression") if same else "tiff_adobe_deflate"
             options["compression"] = compression if compression in LOSSLESS_TIFF else "tiff_lzw"
@@ -204,10 +222,14 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         target = write_as or format_
         info: dict[str, Any] = {str(key): value for key, value in image.info.items()}
         if isinstance(image, JpegImagePlugin.JpegImageFile):
-            info |= {"qtables": image.quantization, "subsampling": JpegImagePlugin.get_sampling(image)}
+            info |= jpeg.options_of(path.name, image)
+        if format_ == "HEIF":
+            _warn_of_heif(path.name, info)
         raw_mode = png16.raw_mode(image)
         _refuse_deep_tiff(path, image)
-        _load(path, image)
+        _load(path, image, data)
+        if info.get("inks_inverted"):
+            image.paste(ImageChops.invert(image))
         said = metadata.read_metadata(path.name, image, data)
         orientation = 1 if format_ == "TIFF" else said.orientation  # Pillow turns a TIFF while it reads it
         info["icc_profile"] = image.info["icc_profile"] = said.icc or None
@@ -228,13 +250,47 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
     return Picture(canvas, format_, orientation, said, info, data, path.name)
 
 
+def looks_like_picture(path: Path) -> bool:
+    """Return whether a file begins like a picture that we read; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    webp = start[:4] == b"RIFF" and start[8:] == b"WEBP"
+    return start.startswith(STARTS) or webp or (start[4:8] == b"ftyp" and start[8:] in BRANDS)
+
+
+def written_format(output: Path, source: Path) -> str | None:
+    """Return Pillow's name of the format for an output, None for that of the picture's bytes.
+
+    The suffix says it, unless it is the source's too. Raises ValueError for a suffix of no format.
+    """
+    if output.suffix.lower() == source.suffix.lower():
+        return None
+    return output_format(output)
+
+
 def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
     """Return a mask's picture as it is displayed, whole in memory. Arguments and errors as in `open_picture`."""
     data = _read(path) if data is None else data
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
-        _load(path, image)
+        note_depth(image)
+        _load(path, image, data)
         return upright(image, path.name)
+
+
+def stored_size(path: Path) -> Size:
+    """Return H,W of a picture as it is stored, by its header where that will do. Errors as in `open_picture`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_readable()) as image:
+                return image.height, image.width
+    except Exception:  # no picture, or one that is read with what is odd in it left out
+        with _guarded(path), _opened(path, _read(path)) as image:
+            return image.height, image.width
 
 
 def read_rgb(path: str | os.PathLike[str], short_side: int | None = None) -> NDArray[np.uint8]:
@@ -245,6 +301,7 @@ def read_rgb(path: str | os.PathLike[str], short_side: int | None = None) -> NDA
     Raises ValueError, one line naming the file, when it cannot be read or decoded completely.
     """
     try:
+        _readable()  # HEIC too, where it can be read
         # From memory: Pillow maps a plain grey TIFF that it opens by name, and turns it wrong.
         with Image.open(io.BytesIO(Path(path).read_bytes())) as opened:
             ratio = max(opened.size) / min(opened.size)
@@ -291,19 +348,32 @@ def _read(path: Path) -> bytes:
 def _opened(path: Path, data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels and refuses from 179; a large photograph is no bomb.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Of odd metadata, and from 89 megapixels; it refuses from 179, and a large photograph is no bomb.
+            warnings.simplefilter("ignore")
             shown = metadata.png_for_decoder(data) if data.startswith(png16.SIGNATURE) else data
-            return Image.open(io.BytesIO(shown), formats=READABLE)
+            return Image.open(io.BytesIO(shown), formats=_readable())
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is refused as a decompression bomb: {error}") from error
     except UnidentifiedImageError as error:
+        if data[4:8] == b"ftyp" and data[8:12] in BRANDS[2:] and not is_installed("pillow_heif"):
+            raise ValueError(f"{path} is a HEIC picture, which needs pillow-heif: {pip_install('heic')}") from error
         raise ValueError(
-            f"{path} is not a picture we can read: expected PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF"
+            f"{path} is not a picture we can read: expected PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC"
         ) from error
 
 
-def _load(path: Path, image: Image.Image) -> None:
+@functools.cache
+def _readable() -> tuple[str, ...]:
+    """Return the formats to read, in Pillow's names; HEIF where pillow-heif is installed."""
+    if not is_installed("pillow_heif"):
+        return READABLE
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    return (*READABLE, "HEIF")
+
+
+def _load(path: Path, image: Image.Image, data: bytes) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd metadata; what matters is an exception
@@ -311,6 +381,11 @@ def _load(path: Path, image: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # as above
+        whole = jpeg.without_end(data) if image.format == "JPEG" else None
+        if whole is not None:
+            log.warning("%s: the JPEG has no end marker; its pixels are complete", path)
+            image.im, image.tile = whole.im, []  # type: ignore[attr-defined]
+            return
         raise ValueError(f"{path} is damaged and cannot be decoded: {error}") from error
     if image.mode in ("P", "PA") and image.palette is None:
         raise ValueError(f"{path} is damaged: its pixels are indices into a palette, and the palette is missing")
@@ -320,6 +395,14 @@ def _refuse_frames(path: Path, image: Image.Image) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise ValueError(f"{path} has {frames} frames or pages: expected a single picture")
+
+
+def _warn_of_heif(name: str, info: dict[str, Any]) -> None:
+    there = {"depth maps": info.get("depth_images"), "auxiliary pictures, such as gain maps": info.get("aux")}
+    lost = [what for what, found in there.items() if found]
+    lost += ["more than 8 bits a channel"] if info.get("bit_depth", 8) > 8 else []
+    if lost:
+        log.warning("%s: %s cannot be kept", name, ", ".join(lost))
 
 
 def _refuse_deep_tiff(path: Path, image: Image.Image) -> None:
@@ -422,5 +505,6 @@ def _riff_chunks(data: bytes) -> set[bytes]:
     while position + 8 <= len(data):
         kinds.add(data[position : position + 4])
         length = int.from_bytes(data[position + 4 : position + 8], "little")
-        position += 8 + length + length % 2
+        # A frame's header, and then its chunks.
+        position += 24 if data[position : position + 4] == b"ANMF" else 8 + length + length % 2
     return kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLD = 127
 MOSTLY_HOLE = 0.7
+GREY_BITS = "misf.grey_bits"  # in `info` of a picture
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,11 @@ def mask_from_image(
     quiet: log nothing about masks that look unusual. Raises ValueError for a picture that has no such mask.
     """
     if values is not None:
-        mask = np.isin(_labels(image), values)
+        labels = _labels(image)
+        mask = np.isin(labels, values)
+        if not quiet and not mask.any():
+            wanted, found = (", ".join(map(str, numbers[:20])) for numbers in (values, np.unique(labels).tolist()))
+            log.warning("no pixel of the mask has the value %s: those that it has are %s", wanted, found)
         return ~mask if invert else mask
     if from_alpha:
         if not image.has_transparency_data:
@@ -197,11 +203,21 @@ def _is_partly_transparent(image: Image.Image) -> bool:
 
 
 def _labels(image: Image.Image) -> NDArray[Any]:
-    """Return the palette indices or grey values of a picture; ValueError for one in colour."""
+    """Return the palette indices or grey values of a picture, as in its file; ValueError for one in colour."""
     if image.mode not in ("P", "L", "1", "LA", "PA") and not image.mode.startswith("I"):
         raise ValueError(f"mask values need an indexed or grey mask, and this one is in colour ({image.mode})")
     labels = np.asarray(image.getchannel(0) if image.mode in ("LA", "PA") else image)
-    return labels.astype(np.uint8) * 255 if image.mode == "1" else labels
+    if image.mode == "1":
+        return labels.astype(np.uint8)
+    return labels // (255 // (2 ** image.info[GREY_BITS] - 1)) if GREY_BITS in image.info else labels
+
+
+def note_depth(image: Image.Image) -> None:
+    """Note in `info` of a grey picture just opened (not loaded) that its file has 2 or 4 bits: Pillow makes them 8."""
+    for tile in getattr(image, "tile", ()):
+        mode = tile.args if isinstance(tile.args, str) else tile.args and tile.args[0]
+        if match := re.fullmatch(r"L;([24])R?", str(mode)):
+            image.info[GREY_BITS] = int(match[1])
 
 
 def _grey(image: Image.Image) -> Image.Image:

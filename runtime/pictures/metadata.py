@@ -14,6 +14,7 @@ import logging
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
@@ -47,6 +48,10 @@ XMP_TAG, IPTC_TAG = 700, 33723
 # What a TIFF says of its picture, not of its layout: title, make, model, software, date, artist, host, copyright, and
 # Windows' title, comment, author, keywords and subject.
 DESCRIPTIVE = (269, 270, 271, 272, 285, 305, 306, 315, 316, 33432, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F)
+EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
+IPTC_RESOURCE = 0x0404
+# IPTC and its digest, which would no longer hold; thumbnails; EXIF and XMP, which are carried by themselves.
+LEFT_RESOURCES = (IPTC_RESOURCE, 0x0425, 0x0409, 0x040C, 0x0422, 0x0423, 0x0424)
 SEGMENT = 65533  # bytes in a segment of a JPEG
 # Kept beside what the PNG specification marks as safe to copy: they hold for the colours, which stay what they are.
 COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"iCCP")
@@ -65,6 +70,7 @@ class Metadata:
     xmp: bytes = b""
     iptc: bytes = b""  # the records themselves (IIM)
     icc: bytes = b""
+    resources: bytes = b""  # Photoshop's, of a JPEG, besides IPTC and previews
     chunks: list[tuple[bytes, bytes]] = field(default_factory=list)  # a PNG's own, texts among them
 
     @property
@@ -92,7 +98,11 @@ def read_metadata(name: str, image: Image.Image, data: bytes) -> Metadata:
     else:
         exif, xmp = image.info.get("exif"), image.info.get("xmp")
         found = Metadata(exif if isinstance(exif, bytes) else b"", xmp if isinstance(xmp, bytes) else b"")
-        found.iptc = b"".join(_iptc(body) for kind, body in getattr(image, "applist", []) if kind == "APP13")
+        applications = getattr(image, "applist", [])
+        found.iptc = b"".join(_iptc(body) for kind, body in applications if kind == "APP13")
+        found.resources = b"".join(_other_resources(body) for kind, body in applications if kind == "APP13")
+        if any(kind == "APP1" and body.startswith(EXTENDED_XMP) for kind, body in applications):
+            log.warning("%s: its extended XMP is left out", name)
     if image.format != "PNG":
         profile = image.info.get("icc_profile")
         found.icc = profile if isinstance(profile, bytes) else b""
@@ -133,14 +143,19 @@ def add_to_jpeg(name: str, encoded: bytes, metadata: Metadata) -> bytes:
     if len(xmp) > SEGMENT - 29:
         xmp = re.sub(rb"\s{2,}", b"\n", xmp)  # the packet's padding
     iptc = metadata.iptc
-    resource = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + bytes(len(iptc) % 2)
+    resource = b"8BIM\x04\x04\0\0" + struct.pack(">I", len(iptc)) + iptc + bytes(len(iptc) % 2) if iptc else b""
+    resource += metadata.resources
     blocks = [(0xE1, b"Exif\0\0" + part) for part in exif]
     blocks += [(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp)] if xmp else []
-    blocks += [(0xED, b"Photoshop 3.0\0" + resource)] if iptc else []
+    blocks += [(0xED, b"Photoshop 3.0\0" + resource)] if resource else []
     segments = b""
     for marker, body in blocks:
         if len(body) > SEGMENT:
-            log.warning("%s: %s does not fit into a JPEG and is left out", name, "XMP" if marker == 0xE1 else "IPTC")
+            log.warning(
+                "%s: %s does not fit into a JPEG and is left out",
+                name,
+                "XMP" if marker == 0xE1 else "IPTC, with Photoshop's resources,",
+            )
             continue
         segments += struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
     start = 4 + struct.unpack_from(">H", encoded, 4)[0] if encoded[2:4] == b"\xff\xe0" else 2
@@ -257,15 +272,29 @@ def _iptc(block: bytes) -> bytes:
     block = block.removeprefix(b"Photoshop 3.0\0")
     if not block.startswith(b"8BIM"):
         return block if block.startswith(b"\x1c") else b""
+    return next((body for kind, body, _ in _resources(block) if kind == IPTC_RESOURCE), b"")
+
+
+def _other_resources(block: bytes) -> bytes:
+    """Return Photoshop's resources as they came, without IPTC, what describes it or EXIF, and pictures."""
+    block = block.removeprefix(b"Photoshop 3.0\0")
+    return b"".join(
+        whole for kind, body, whole in _resources(block) if kind not in LEFT_RESOURCES and not jpegs_in(body)
+    )
+
+
+def _resources(block: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Yield Photoshop's resources: number, content, and the whole with its head."""
     position = 0
     while block[position : position + 4] == b"8BIM" and position + 12 <= len(block):
         kind = int.from_bytes(block[position + 4 : position + 6], "big")
         start = position + 6 + (block[position + 6] + 2) // 2 * 2
         length = int.from_bytes(block[start : start + 4], "big")
-        if kind == 0x0404:
-            return block[start + 4 : start + 4 + length]
+        body = block[start + 4 : start + 4 + length]
+        if len(body) < length:
+            return
+        yield kind, body, block[position : start + 4 + length] + bytes(length % 2)
         position = start + 4 + length + length % 2
-    return b""
 
 
 def _itxt(body: bytes) -> bytes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .tiff import directory_at, entries_of, numbers_of, order_of
+from .tiff import Entry, directory_at, entries_of, numbers_of, order_of
 
 UNPACKED = 64 << 20  # bytes that a compressed text or profile may become
 XMP_KEY = b"XML:com.adobe.xmp"
@@ -39,6 +40,9 @@ def exif_without_previews(exif: bytes) -> bytes:
         return exif
     order = order_of(exif)
     changed = bytearray(without_jpegs(exif))
+    # What looks like a damaged JPEG's beginning, and has a JPEG's end after it, may lie in a value of numbers.
+    for start, end, is_value in _parts(entries_of(exif), order, exif):
+        changed[start:end] = without_jpegs(exif[start:end]) if is_value else exif[start:end]
     first = struct.unpack_from(order + "I", exif, 4)[0]
     link = first + 2 + 12 * struct.unpack_from(order + "H", exif, first)[0]
     if link + 4 > len(exif):
@@ -59,6 +63,16 @@ def exif_without_previews(exif: bytes) -> bytes:
         else:
             changed[start:end] = bytes(end - start)
     return bytes(changed)
+
+
+def _parts(entries: Iterable[Entry], order: str, exif: bytes) -> Iterator[tuple[int, int, bool]]:
+    """Return where EXIF's entries, and their values that are elsewhere, begin and end, and which of the two it is."""
+    for entry in entries:
+        yield entry.at - 2, entry.at + 12, False  # the number of entries is before the first
+        if len(entry.data) > 4:
+            start = struct.unpack_from(order + "I", exif, entry.at + 8)[0]
+            yield start, start + len(entry.data), True
+        yield from _parts(entry.inner or (), order, exif)
 
 
 def info_without_previews(info: dict[Any, Any]) -> dict[Any, Any]:

@@ -47,7 +47,7 @@ def directory_at(tiff: bytes, offset: int, depth: int = 0) -> list[Entry]:
     """Return the entries of one directory, with those that it points to; what lies outside the bytes is left out.
 
     Damage can make every entry point at one place, a directory among them: of a tag the first entry counts, and all
-    values together are no longer than the bytes.
+    values that lie elsewhere are together no longer than the bytes.
     """
     order, big = order_of(tiff), 43 in tiff[2:4]
     head, row, value = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
@@ -64,13 +64,13 @@ def directory_at(tiff: bytes, offset: int, depth: int = 0) -> list[Entry]:
             break
         tag, kind, count = struct.unpack_from(order + row, tiff, at)
         length = SIZES.get(kind, 1) * count
-        start = at + step - value
-        if length > value:
+        start, elsewhere = at + step - value, length if length > value else 0
+        if elsewhere:
             start = struct.unpack_from(order + ("Q" if big else "I"), tiff, start)[0]
-        if start + length > len(tiff) or length > left or tag in tags:
+        if start + length > len(tiff) or elsewhere > left or tag in tags:
             continue
         tags.add(tag)
-        left -= length
+        left -= elsewhere
         data = tiff[start : start + length]
         inner = None
         if tag in POINTERS and depth < 2 and kind in (4, 13, 16, 18) and count == 1:

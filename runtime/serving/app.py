@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import mimetypes
 import multiprocessing
 import multiprocessing.connection
@@ -36,6 +37,7 @@ from .observing import WORKERS_FOLDER, Metrics, Observed
 from .routes import plain_routes
 from .settings import ServerSettings
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -46,6 +48,7 @@ TYPES = {
     ".avif": "image/avif",
 }
 """Of the page's files; browsers refuse modules of another type, and not every system's table has these."""
+SAMPLES = Path(__file__).parents[1] / "samples"
 READABLE_BY_SCRIPTS = ["X-Seed", "X-Process-Time", "X-Precision", "X-Request-Id", "Retry-After"]
 
 
@@ -84,10 +87,7 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
     name = Path(settings.model).stem
     api.include_router(plain_routes(filler, name), dependencies=bearer)
     api.include_router(iopaint_routes(filler, name), dependencies=bearer)
-    if (Path(settings.page) / "index.html").is_file():
-        for suffix, kind in TYPES.items():
-            mimetypes.add_type(kind, suffix)
-        api.mount("/", StaticFiles(directory=settings.page, html=True))
+    _mount_page(api, Path(settings.page))
     app: ASGIApp = Guard(api, settings.hosts, settings.token, settings.max_bytes, settings.timeout)
     if settings.cors:
         app = CORSMiddleware(
@@ -98,6 +98,24 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
             expose_headers=READABLE_BY_SCRIPTS,
         )
     return Observed(app, metrics, "cross-origin" if settings.cors else "same-origin")
+
+
+def _mount_page(api: FastAPI, folder: Path) -> None:
+    """Serve a page at /, if there is one. A folder of misf-export --web learns that there is a server to fill too."""
+    if not (folder / "index.html").is_file():
+        return
+    for suffix, kind in TYPES.items():
+        mimetypes.add_type(kind, suffix)
+    if (folder / "page.json").is_file():
+        description: dict[str, Any] = json.loads((folder / "page.json").read_text(encoding="utf-8")) | {"server": True}
+
+        @api.get("/page.json", include_in_schema=False)
+        def page_json() -> dict[str, Any]:
+            return description
+
+    if not (folder / "samples").is_dir():  # the installed page has none of its own
+        api.mount("/samples", StaticFiles(directory=SAMPLES))
+    api.mount("/", StaticFiles(directory=folder, html=True))
 
 
 def app_from_environment() -> ASGIApp:

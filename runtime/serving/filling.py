@@ -38,6 +38,9 @@ LARGEST_ORIGINAL = 2048 * 2048
 """Most pixels that the network is given at a time, when a client wants the strategy original."""
 
 
+MAX_BATCH = 8
+
+
 @dataclass(frozen=True)
 class Filled:
     """A finished picture file and how it came to be."""
@@ -57,7 +60,7 @@ class Filler:
         queue: most requests in work or waiting.
         timeout: seconds that each may take.
         max_pixels: of a picture; twice as many are decoded at the same time.
-        max_batch, batch_delay: see `MicroBatchingBackend`.
+        max_batch, batch_delay: see `MicroBatchingBackend`; max_batch None: MAX_BATCH on a GPU, 1 on a CPU.
         metrics: what is counted.
 
     """
@@ -69,10 +72,12 @@ class Filler:
         queue: int,
         timeout: float,
         max_pixels: int,
-        max_batch: int,
+        max_batch: int | None,
         batch_delay: float,
         metrics: Metrics,
     ) -> None:
+        if max_batch is None:  # measured: on a CPU batches take memory and bring nothing (docs/serving.md)
+            max_batch = 1 if inpainter.backend.device == "cpu" else MAX_BATCH
         self.backend = MicroBatchingBackend(inpainter.backend, max_batch, batch_delay, metrics.batch)
         inpainter.backend = self.backend
         self.inpainter, self.metrics = inpainter, metrics

@@ -29,12 +29,14 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; font-src 'self' data:; "
     "connect-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Of every answer. The two of cross-origin isolation give the page's WebAssembly its threads."""
+"""Of every answer. The two of cross-origin isolation give the page's WebAssembly its threads; no-cache has browsers ask
+whether the files that they keep are still the same."""
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a time for each counter, which nobody reads
 

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ log = logging.getLogger(__name__)
 LEAST_TOKEN = 16
 BACKLOG = 2048
 STARTING_SECONDS = 120
+UNREAD_SECONDS = 60
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # blocks from this size on go back to the system at once
 
 
@@ -65,7 +65,9 @@ M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # blocks from this size on go back 
     help="Seconds a request may take; also how long a stopping server finishes what it has taken.",
 )
 @click.option(
-    "--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Crops of equal size run together."
+    "--max-batch",
+    type=click.IntRange(min=1),
+    help="Crops of equal size run together.  [default: 8 on a GPU, 1 on a CPU]",
 )
 @click.option(
     "--batch-delay",
@@ -185,6 +187,9 @@ def listening(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {_reason(error)}") from error
     # asyncio sets it only on sockets that were made with a protocol's number; without it an answer takes 40 ms more.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A client that does not read its answer would keep it in our memory without end.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     return listener
 
 
@@ -258,7 +263,3 @@ def _serve_by_workers(settings: ServerSettings, listener: socket.socket, address
         if any(process.exitcode not in (0, -signal.SIGTERM) for process in supervisor.processes):
             raise MisfError("a worker failed; its lines above say why")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,7 +25,7 @@ class ServerSettings:
     threads: int | None = None
     queue: int = 64
     """Requests that are in work or wait for it; one more gets 503."""
-    max_batch: int = 8
+    max_batch: int | None = None
     batch_delay: float = 0.003
     timeout: float = 60.0
     """From the last byte of a request to its answer; the body itself may take as long again."""

@@ -108,9 +108,9 @@ def test_the_cost_of_a_small_hole_does_not_depend_on_the_photograph(inpaint: Inp
             self.touched += box.size[0] * box.size[1]
             return super().read(box, size)
 
-        def paste(self, box: Box, fill: Pixels, hole: np.ndarray) -> None:
+        def paste(self, box: Box, fill: Pixels, hole: np.ndarray, weights: np.ndarray | None = None) -> None:
             self.touched += box.size[0] * box.size[1]
-            super().paste(box, fill, hole)
+            super().paste(box, fill, hole, weights)
 
     touched = []
     for shape in ((1000, 1000), (4000, 6000)):

@@ -62,6 +62,15 @@ def test_linked_folders_are_followed_once_and_never_in_a_circle(tmp_path: Path) 
     assert [str(path) for path in skipped] == ["a", "b"]
 
 
+def test_a_link_to_itself_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "x.png").touch()
+    jobs, skipped = plan_jobs(tmp_path, None, None)
+    assert [str(job.relative) for job in jobs] == ["x.png"]
+    assert skipped == [Path("self"), Path("self.png")]
+
+
 def test_beside_the_pictures_only_a_name_with_mask_is_a_mask(tmp_path: Path) -> None:
     """x.jpg and x.png are two pictures with one mask; neither is the other's."""
     for name in ("x.jpg", "x.png", "x_mask001.png"):

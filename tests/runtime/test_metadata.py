@@ -326,3 +326,37 @@ def test_a_transparent_grey_becomes_alpha(tmp_path: Path, bits: int, levels: int
         with Image.open(_result(tmp_path / "in.png", tmp_path / f"out{suffix}")) as image:
             alpha = np.asarray(image.convert("RGBA"))[0, :, 3]
         assert alpha.tolist() == [0 if sample == key else 255 for sample in samples]
+
+
+def test_odd_exif_makes_no_warning_of_pillow(tmp_path: Path) -> None:
+    path = tmp_path / "in.jpg"
+    longer = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 270, 5, 5, 0, 0)  # five rationals, of a file that has none
+    head = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(longer) + 8) + b"Exif\0\0" + longer
+    path.write_bytes(head + _jpeg(PIXELS)[20:])  # without JFIF, whose resolution Pillow would take
+    with pytest.warns(UserWarning, match="larger than file"), Image.open(path):
+        pass
+    assert open_picture(path, "JPEG").canvas.size == (48, 64)
+
+
+def test_a_number_that_begins_like_a_jpeg_takes_nothing_with_it(tmp_path: Path) -> None:
+    path, number, alike = tmp_path / "in.png", struct.pack("<d", 2.5), b"\xff\xd8\xff\0abcd"
+    exif, plain = (_exif("<", 6, preview).replace(number, alike) for preview in (PREVIEW, b""))
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    data = _result(path).read_bytes()
+    assert plain in data
+    assert PREVIEW[20:] not in data
+
+
+def test_a_value_as_long_as_all_of_exif_leaves_the_orientation(tmp_path: Path) -> None:
+    path = tmp_path / "in.webp"
+    exif = b"II*\0" + struct.pack("<IHHHIIHHIHHI", 8, 2, 270, 3, 19, 0, 0x0112, 3, 1, 6, 0, 0)
+    assert len(exif) == 38
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    assert open_picture(path, "WEBP").canvas.size == (64, 48)
+
+
+def test_odd_exif_makes_no_warning_of_pillow_when_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "in.webp"
+    longer = b"II*\0" + struct.pack("<IHHHIIHHIHHI", 8, 2, 270, 3, 20, 0, 0x0112, 3, 1, 6, 0, 0)
+    Image.fromarray(PIXELS).save(path, exif=longer)
+    assert b"ftypavif" in open_picture(path, "AVIF").encoded("AVIF")

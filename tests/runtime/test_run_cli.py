@@ -327,7 +327,7 @@ def test_transparent_parts_as_holes_become_opaque(model: Path, tmp_path: Path, r
         (["{model}", "{photo}", "{mask}", "--device", "gpu"], 2, "unknown device 'gpu': expected auto, cpu, cuda or"),
         (["{model}", "{photo}", "{mask}", "--device", "cuda:99"], 4, "device cuda:99 was requested"),
         (["{model}", "{photo}", "{mask}", "-o", "out.psd"], 2, "cannot write out.psd: expected a name that ends in"),
-        (["{model}", "{photo}", "{mask}", "-o", "out"], 2, "tiff .bmp .gif .avif, or a folder that exists"),
+        (["{model}", "{photo}", "{mask}", "-o", "out"], 2, ".avif .heic .heif, or a folder that exists"),
         (["{model}", "{photo}", "{mask}", "--force", "--skip-existing"], 2, "contradict each other: give one of them"),
         (["{model}", "{photo}", "{mask}", "-o", "no/such/out.png"], 1, "cannot write no/such/out.png: there is no"),
         (["{model}", "{empty}", "{mask}"], 1, "holds no pictures"),

@@ -21,6 +21,8 @@ from misf.runtime.serving.app import create_app
 from misf.runtime.serving.serve_cli import listening, uvicorn_config
 from misf.runtime.serving.settings import ServerSettings
 
+MISF_SERVE = [sys.executable, "-c", "from misf.runtime.serving.serve_cli import main; main()"]
+
 
 class GatedBackend:
     """A backend around another whose calls wait until the test opens the gate; `shapes` says what came."""
@@ -77,7 +79,7 @@ def serving(model: Path, inpainter: Inpainter | None = None, **options: Any) -> 
 @contextlib.contextmanager
 def spawned(model: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield a misf-serve process and its address; it is killed at the end, if it still runs."""
-    command = [sys.executable, "-m", "misf.runtime.serving.serve_cli", str(model), "--port=0", "--threads=1", *options]
+    command = [*MISF_SERVE, str(model), "--port=0", "--threads=1", *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     )

@@ -206,7 +206,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
                 "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
             ) from error
         raise MisfError(damaged) from error
-    except (EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # as many classes as ways to be damaged; torch's own OSError names no file
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename):
+            raise
         raise MisfError(damaged) from error
     if not isinstance(content, dict):
         raise MisfError(f"{path} holds a {type(content).__name__}, expected a dict of weights")

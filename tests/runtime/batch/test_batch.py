@@ -67,14 +67,14 @@ def records(report: Path) -> list[dict[str, Any]]:
 
 
 def workers() -> list[int]:
-    """Return the process ids of the Ray workers that hold a model."""
+    """Return the process ids of the Ray workers that hold a model, not of those that still load it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             text = path.read_bytes()
         except OSError:
             continue
-        if text.startswith(b"ray::Worker"):
+        if text.startswith(b"ray::Worker") and b"__init__" not in text:
             found.append(int(path.parent.name))
     return found
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.support.serving import png, spawned, until
+from tests.support.serving import MISF_SERVE, png, spawned, until
 from tests.support.tiny_models import mean_fill
 
 pytestmark = pytest.mark.timeout(180)
@@ -65,8 +64,9 @@ class Client(threading.Thread):
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "misf.runtime.serving.serve_cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    return subprocess.run(
+        [*MISF_SERVE, *arguments], capture_output=True, text=True, timeout=60, env=os.environ | environment
+    )
 
 
 def test_sigterm_under_load_answers_what_was_taken(model: Path, files: dict[str, bytes]) -> None:
@@ -88,9 +88,9 @@ def test_sigterm_under_load_answers_what_was_taken(model: Path, files: dict[str,
 
 
 def test_sigterm_answers_a_request_that_is_in_the_model(model: Path) -> None:
-    hole = np.full((3000, 3000), 255, np.uint8)
+    hole = np.full((1500, 1500), 255, np.uint8)
     hole[:8] = 0
-    large = {"image": png(np.zeros((3000, 3000, 3), np.uint8)), "mask": png(hole)}
+    large = {"image": png(np.zeros((1500, 1500, 3), np.uint8)), "mask": png(hole)}
     with spawned(model) as (process, address):
         answers: list[int] = []
         thread = threading.Thread(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 
 from misf.plugins.shared.errors import EnvironmentMismatch
 from misf.plugins.shared.shipped import shipped_model
@@ -26,6 +27,7 @@ from misf.runtime.pictures.canvas import PillowCanvas, Pixels
 from misf.runtime.pictures.geometry import Box, Mask
 
 from ...support.page_server import Site, served
+from ...support.serving import serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page is not tested")
 
@@ -368,6 +370,19 @@ def test_a_server_that_is_gone_is_an_error_and_nothing_is_lost(inpainter: Inpain
     page.wait_for_selector("#fill:enabled")
 
 
+def test_a_fill_can_be_cancelled_and_started_again(site: Site, opened: Open) -> None:
+    page = opened(site.url)
+    give(page, "cup.png", photograph((99, 99)))
+    stroke(page, (99, 99), (0.4, 0.4), (0.5, 0.4))
+    page.route("**/inpaint?*", lambda _route: None)  # no answer comes
+    page.click("#fill")
+    page.wait_for_selector("#fill:has-text('Cancel')")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#status:has-text('Cancelled')")
+    page.unroute("**/inpaint?*")
+    filled(page)
+
+
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The text of axe-core, which looks for what keeps people with impairments out."""
@@ -421,6 +436,9 @@ def test_a_static_folder_fills_in_the_browser(web_folders: dict[str, Path], open
         assert "stays on this device" in page.inner_text("#note")
         give(page, "cup.png", data)
         stroke(page, size, (0.2, 0.3), (0.35, 0.4))
+        page.click("#fill")
+        page.click("#fill:has-text('Cancel')")
+        page.wait_for_selector("#status:has-text('Cancelled')")
         filled(page)
         stroke(page, size, (0.7, 0.3), (0.7, 0.6))
         page.fill("#grow", "5")
@@ -435,6 +453,34 @@ def test_a_static_folder_fills_in_the_browser(web_folders: dict[str, Path], open
     y, x = np.mgrid[: size[0], : size[1]]
     near = (np.abs(x - 448) < 30) | ((x < 270) & (y < 220))
     assert not changed[~near].any()
+
+
+def test_misf_serve_fills_there_or_here(web_folders: dict[str, Path], opened: Open) -> None:
+    """The real server, with the page that comes with misf and with a folder of misf-export --web."""
+    data = photograph((300, 420))
+    with serving(shipped_model("misf-small")) as client:
+        page = opened(str(client.base_url))
+        page.locator("#samples button").first.click()
+        page.wait_for_selector("#about:has-text('astronaut')")
+        assert not page.locator("#where").is_visible()
+    with serving(shipped_model("misf-small"), page=str(web_folders["fp16"])) as client:
+        page = opened(str(client.base_url))
+        assert page.evaluate("crossOriginIsolated")
+        give(page, "cup.png", data)
+        page.fill("#feather", "6")
+        stroke(page, (300, 420), (0.3, 0.3), (0.5, 0.35))
+        filled(page)
+        _, there = downloaded(page)
+        page.keyboard.press("Control+z")
+        page.wait_for_selector("#fill:enabled")
+        page.check("[name=where][value=browser]")
+        filled(page)
+        _, here = downloaded(page)
+    changed = (pixels(there) != pixels(data)).any(axis=-1)
+    assert 0.02 < changed.mean() < 0.2
+    difference = pixels(here).astype(int) - pixels(there)
+    assert np.abs(difference).max() <= 1
+    assert (difference != 0).mean() < 0.01
 
 
 def test_the_page_works_again_without_a_network(web_folders: dict[str, Path], opened: Open) -> None:
@@ -475,6 +521,30 @@ def test_transparency_stays_when_filled_in_the_browser(web_folders: dict[str, Pa
     assert not changed[75:].any()
 
 
+def test_the_edge_is_feathered_in_the_browser(web_folders: dict[str, Path], opened: Open, inpainter: Inpainter) -> None:
+    """The fill of the hole and a ring around it, blended by distance: as NumPy blends what Inpainter fills."""
+    size, pixels_around = (200, 260), 9
+    data = photograph(size)
+    with served(web_folders["fp16"]) as site:
+        page = opened(site.url)
+        isolated(page)
+        give(page, "cup.png", data)
+        page.keyboard.press("r")
+        stroke(page, size, (0.3, 0.4), (0.6, 0.5))
+        page.fill("#feather", str(pixels_around))
+        filled(page)
+        _, result = downloaded(page)
+    before, after = pixels(data).astype(np.float64), pixels(result).astype(np.float64)
+    hole = np.zeros(size, np.bool_)
+    hole[80:100, 78:156] = True
+    weights = np.clip(1 - distance_transform_edt(~hole) / (pixels_around + 1), 0, 1)
+    fill = inpainter.inpaint(pixels(data), weights > 0).astype(np.float64)
+    expected = weights[..., None] * fill + (1 - weights[..., None]) * before
+    np.testing.assert_array_equal(after[weights == 0], before[weights == 0])
+    assert np.abs(after - expected).max() <= 1
+    assert np.abs(after - fill)[weights > 0].max() > 5  # blended it is
+
+
 def test_a_jpeg_filled_in_the_browser_stays_a_jpeg_and_the_page_says_what_is_lost(
     web_folders: dict[str, Path], opened: Open
 ) -> None:
@@ -502,9 +572,9 @@ class Watched(PillowCanvas):
         super().__init__(image)
         self.fills: NDArray[np.float32] = np.zeros((*self.size, 3), np.float32)
 
-    def paste(self, box: Box, fill: Pixels, hole: Mask) -> None:
+    def paste(self, box: Box, fill: Pixels, hole: Mask, weights: NDArray[np.float32] | None = None) -> None:
         self.fills[box.slices][hole] = fill[hole]
-        super().paste(box, fill, hole)
+        super().paste(box, fill, hole, weights)
 
 
 IN_THE_PAGE = """async ([image, boxes, width, height, runs]) => {
@@ -523,11 +593,11 @@ IN_THE_PAGE = """async ([image, boxes, width, height, runs]) => {
     const answer = await fillInBrowser({
       network, picture, mask: { data, width, height }, strategy: "auto", grow: 0, feather: 0,
       signal: new AbortController().signal, say() {}, show() {},
-      exact({ box, hole, exact }) {
+      exact({ box, shares, exact }) {
         const across = box.right - box.left;
-        hole.forEach((inside, at) => {
+        shares.forEach((share, at) => {
           const to = ((box.top + Math.floor(at / across)) * width + box.left + (at % across)) * 3;
-          if (inside) fills.set(exact.subarray(at * 3, at * 3 + 3), to);
+          if (share) fills.set(exact.subarray(at * 3, at * 3 + 3), to);
         });
       },
     });
@@ -590,3 +660,25 @@ def test_pictures_of_the_page_for_the_documents(site: Site, opened: Open, tmp_pa
         path = folder / f"page-{scheme}.jpg"
         page.screenshot(path=path, type="jpeg", quality=82)
         assert path.stat().st_size < 150_000
+
+
+def test_a_sample_is_filled_on_misf_serve(opened: Open) -> None:
+    """The real server, with its headers, its content security policy and its limits."""
+    with serving(Path("misf-small")) as client:
+        page = opened(str(client.base_url))
+        assert page.evaluate("crossOriginIsolated")
+        with Image.open(SAMPLES / "chelsea.jpg") as sample:
+            size, before = (sample.height, sample.width), np.asarray(sample.convert("RGB"))
+        page.click("#samples button:has(img[src*='chelsea'])")
+        page.wait_for_selector("#about:has-text('chelsea')")
+        stroke(page, size, (0.4, 0.4), (0.55, 0.45))
+        filled(page)
+        name, data = downloaded(page)
+        after = pixels(data)
+    assert Path(name).suffix == ".jpg"
+    assert after.shape == before.shape
+    changed = np.abs(after.astype(int) - before).max(axis=2) > 40
+    assert changed.any()
+    rows, columns = np.nonzero(changed)
+    assert (rows.min(), columns.min()) > (size[0] * 0.2, size[1] * 0.2)
+    assert (rows.max(), columns.max()) < (size[0] * 0.7, size[1] * 0.8)

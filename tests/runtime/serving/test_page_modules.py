@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 
 from misf.runtime.pictures.canvas import resize
 from misf.runtime.pictures.crops import plan_crops
@@ -130,3 +131,19 @@ def test_masks_are_grown_as_in_python(node: Node, rng: np.random.Generator) -> N
         mask[0, -1] = True
         found = node(script, mask, {"height": height, "width": width, "pixels": pixels})
         np.testing.assert_array_equal(np.reshape(found, mask.shape), grown_mask(mask, pixels))
+
+
+def test_masks_are_feathered_by_distance(node: Node, rng: np.random.Generator) -> None:
+    """Shares of 0 to 255 by SciPy's distances, and the hole that has any."""
+    script = """
+    import { feathered } from './js/masks.js';
+    const { height, width } = options;
+    const { shares, hole } = feathered({ data: bytes, width, height }, options.pixels);
+    answer = [Array.from(shares.data), Array.from(hole.data)];"""
+    for (height, width), pixels in (((1, 1), 3), ((70, 91), 1), ((70, 91), 13), ((33, 200), 64)):
+        mask = rng.random((height, width)) < 0.004
+        mask[0, -1] = True
+        shares, hole = node(script, mask, {"height": height, "width": width, "pixels": pixels})
+        weights = np.clip(1 - distance_transform_edt(~mask).astype(np.float32) / np.float32(pixels + 1), 0, 1)
+        np.testing.assert_array_equal(np.reshape(hole, mask.shape), weights > 0)
+        np.testing.assert_array_equal(np.reshape(shares, mask.shape), np.rint(weights * 255))

@@ -449,6 +449,32 @@ def test_headers_that_do_not_come_are_given_up(model: Path, monkeypatch: pytest.
             assert kept.recv(4096) == b""
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux closes such connections")
+def test_an_answer_that_nobody_reads_is_given_up(
+    model: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from misf.runtime.serving import serve_cli
+
+    monkeypatch.setattr(serve_cli, "UNREAD_SECONDS", 1)
+    noise = rng.integers(0, 256, (2000, 2000, 3), np.uint8)
+    hole = np.zeros((2000, 2000), np.uint8)
+    hole[:8, :8] = 255
+    with serving(model) as client, socket.socket() as idle:
+        request = client.build_request(
+            "POST", "/inpaint", files={"image": png(noise, compress_level=0), "mask": png(hole)}
+        )
+        head = f"POST /inpaint HTTP/1.1\r\nHost: x\r\nContent-Type: {request.headers['content-type']}\r\n"
+        body = request.read()
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.settimeout(20)
+        idle.connect((client.base_url.host, client.base_url.port or 0))
+        idle.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert idle.recv(12) == b"HTTP/1.1 200"
+        time.sleep(3)
+        with pytest.raises(ConnectionError):
+            sum(map(len, iter(lambda: idle.recv(1 << 20), b"")))  # what the system had taken, and then no end of file
+
+
 def test_what_the_model_fails_with_stays_in_the_log(
     model: Path, picture: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -501,6 +527,7 @@ def test_the_page_is_served_with_types_and_headers(model: Path, tmp_path: Path) 
     (tmp_path / "index.html").write_text("<!doctype html>")
     for name in ("a.mjs", "a.js", "a.wasm", "a.css"):
         (tmp_path / name).write_text("")
+    (tmp_path / "page.json").write_text('{"server": false, "network": {"file": "x.onnx"}}')  # as misf-export --web does
     (tmp_path.parent / "secret.txt").write_text("secret")
     with serving(model, page=str(tmp_path)) as client:
         front = client.get("/")
@@ -519,6 +546,7 @@ def test_the_page_is_served_with_types_and_headers(model: Path, tmp_path: Path) 
             "a.wasm": "application/wasm",
             "a.css": "text/css",
         }
+        assert client.get("/page.json").json() == {"server": True, "network": {"file": "x.onnx"}}
         for path in ("/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "//etc/passwd"):
             assert client.get(path).status_code == 404
         assert client.get("/api/v1/model").status_code == 200

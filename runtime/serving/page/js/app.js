@@ -195,7 +195,6 @@ function refresh() {
   brush.frozen = Boolean(busy);
   at("fill").disabled = !busy && !shapes?.length;
   at("fill").textContent = busy ? "Cancel" : "Fill";
-  at("feather").disabled = inBrowser();
   if (current) {
     const name = document.createElement("b");
     name.textContent = picture.name;
@@ -275,7 +274,7 @@ at("size").addEventListener("change", () => view.show({ cursor: null }));
 for (const id of ["grow", "feather"]) {
   at(id).addEventListener("input", () => {
     at(`${id}-value`).textContent = `${at(id).value} px`;
-    view.show({ grow: Number(at("grow").value) });
+    view.show({ grow: Number(at("grow").value), feather: Number(at("feather").value) });
   });
 }
 for (const input of document.querySelectorAll("[name=where]")) input.addEventListener("change", refresh);

@@ -30,19 +30,30 @@ function fail(error, reject) {
 
 /**
  * Return {picture, crops, seconds}: the picture with its holes filled.
- * say(text, share): progress. show(picture): what is filled so far. exact(patch): takes
- * each patch as the worker sends it, with its colours as floats.
+ * say(text, share): progress. show(picture): what is filled so far. exact(patch): takes each patch as the worker sends
+ * it, with its colours as floats; null: it has none.
  */
-export async function fillInBrowser({ network, picture, mask, strategy, grow, signal, say, show, exact = null }) {
+export async function fillInBrowser({
+  network,
+  picture,
+  mask,
+  strategy,
+  grow,
+  feather,
+  signal,
+  say,
+  show,
+  exact = null,
+}) {
   report = (bytes, total) => say(`Loading the network, ${megabytes(bytes)} of ${megabytes(total)}`, bytes / total);
   say("Starting the network");
-  await load(network);
+  const cancelled = new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+  await Promise.race([load(network), cancelled]);
   say("Filling");
   return new Promise((resolve, reject) => {
     let filled = picture;
     let pending = Promise.resolve(); // patches are put in place one after the other, before the next crop is read
-    const aborted = () => fail(signal.reason, reject);
-    signal.addEventListener("abort", aborted);
+    signal.addEventListener("abort", () => fail(signal.reason, reject));
     const answers = {
       read: ({ box }) => {
         const pixels = filled.read(box);
@@ -51,7 +62,7 @@ export async function fillInBrowser({ network, picture, mask, strategy, grow, si
       patch: async (patch) => {
         exact?.(patch);
         const pixels = filled.read(patch.box);
-        patch.hole.forEach((inside, at) => inside && pixels.set(patch.colours.subarray(at * 3, at * 3 + 3), at * 4));
+        blend(pixels, patch);
         filled = await filled.patched(patch.box, pixels);
         show(filled);
       },
@@ -65,6 +76,17 @@ export async function fillInBrowser({ network, picture, mask, strategy, grow, si
       pending = pending.then(() => answers[data.type](data)).catch((error) => fail(error, reject));
     };
     const settings = { strategy, workingSize: network.working_size };
-    worker.postMessage({ type: "fill", mask, settings, grow, exact: exact !== null });
+    worker.postMessage({ type: "fill", mask, settings, grow, feather, exact: exact !== null });
+  });
+}
+
+/** Lay the fill over RGBA pixels by its shares of 0 to 255, rounded as Pillow's paste does. */
+function blend(pixels, { colours, shares }) {
+  shares.forEach((share, at) => {
+    if (!share) return;
+    for (let channel = 0; channel < 3; channel++) {
+      const sum = colours[at * 3 + channel] * share + pixels[at * 4 + channel] * (255 - share) + 128;
+      pixels[at * 4 + channel] = ((sum >> 8) + sum) >> 8;
+    }
   });
 }

@@ -29,16 +29,16 @@ export function bounds({ data, width, height }) {
 }
 
 /**
- * For each cell the squared distance to the nearest cell where `data` is `value`, Infinity where there is none.
- * Exact: the lower envelope of parabolas, columns first, then rows (Felzenszwalb and Huttenlocher 2012).
+ * For each cell the squared distance to the nearest cell where `data` is `value`, Infinity where there is none. Exact
+ * up to `reach` cells: the lower envelope of parabolas, columns first, then rows (Felzenszwalb and Huttenlocher 2012).
  */
-export function squaredDistances({ data, width, height }, value) {
-  const result = new Float64Array(width * height);
+export function squaredDistances({ data, width, height }, value, reach = Infinity) {
+  const result = reach < 4096 ? new Float32Array(width * height) : new Float64Array(width * height);
   const line = new Float64Array(Math.max(width, height));
   const envelope = lowerEnvelope(line.length);
   for (let x = 0; x < width; x++) {
     for (let y = 0; y < height; y++) line[y] = data[y * width + x] === value ? 0 : Infinity;
-    envelope(line, height, (y, distance) => (result[y * width + x] = distance));
+    envelope(line, height, (y, distance) => (result[y * width + x] = distance > reach ** 2 ? Infinity : distance));
   }
   for (let y = 0; y < height; y++) {
     line.set(result.subarray(y * width, (y + 1) * width));

@@ -1,6 +1,6 @@
 // What happens to a mask before the fill.
 
-import { grid } from "./grid.js";
+import { bounds, cut, grid, squaredDistances } from "./grid.js";
 
 /** The hole and all that is at most `pixels` from it in a straight line, as grown_mask of runtime/pictures/masks.py. */
 export function grownMask(mask, pixels) {
@@ -29,4 +29,31 @@ export function grownMask(mask, pixels) {
     }
   }
   return grown;
+}
+
+/**
+ * The fill's share of every pixel, 0 to 255: all in the hole, falling linearly to nothing at a distance of `pixels` + 1;
+ * and the hole that the network fills for it, all that has any share. As feathered of runtime/pictures/masks.py.
+ */
+export function feathered(mask, pixels) {
+  const [shares, hole] = [grid(mask.width, mask.height), grid(mask.width, mask.height)];
+  const around = bounds(mask);
+  if (!around) return { shares, hole };
+  const reach = pixels + 1;
+  const box = {
+    left: Math.max(0, around.left - reach),
+    top: Math.max(0, around.top - reach),
+    right: Math.min(mask.width, around.right + reach),
+    bottom: Math.min(mask.height, around.bottom + reach),
+  };
+  const distances = squaredDistances(cut(mask, box), 1, reach);
+  for (let y = box.top, from = 0; y < box.bottom; y++) {
+    for (let x = box.left, at = y * mask.width + x; x < box.right; x++, at++, from++) {
+      const share = Math.fround(1 - Math.fround(Math.fround(Math.sqrt(distances[from])) / reach)); // as NumPy's float32
+      if (!(share > 0)) continue;
+      hole.data[at] = 1;
+      shares.data[at] = Math.round(Math.fround(share * 255));
+    }
+  }
+  return { shares, hole };
 }

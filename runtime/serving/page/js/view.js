@@ -7,7 +7,7 @@ const MOST = 32; // screen pixels per pixel of the picture
 const HOLE = getComputedStyle(document.documentElement).getPropertyValue("--hole");
 
 export class View {
-  scene = { picture: null, before: null, shapes: [], grow: 0, live: null, cursor: null, share: null };
+  scene = { picture: null, before: null, shapes: [], grow: 0, feather: 0, live: null, cursor: null, share: null };
   scale = 1;
   x = 0; // of the picture's corner, in CSS pixels
   y = 0;
@@ -103,7 +103,7 @@ export class View {
 
   draw() {
     const { context, canvas, ratio } = this;
-    const { picture, before, shapes, grow, live, cursor, share } = this.scene;
+    const { picture, before, shapes, grow, feather, live, cursor, share } = this.scene;
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (!picture) return;
@@ -118,8 +118,9 @@ export class View {
       return;
     }
     const painted = live ? [...shapes, live] : shapes;
+    if (painted.length && feather) this.drawMask(painted, 0.2, grow + feather);
     if (painted.length && grow) this.drawMask(painted, 0.3, grow);
-    if (painted.length) this.drawMask(painted, grow ? 0.4 : 0.55);
+    if (painted.length) this.drawMask(painted, grow || feather ? 0.4 : 0.55);
     if (live?.kind === "area") this.outline(live.points);
     if (cursor) this.ring(cursor);
   }

@@ -1,11 +1,12 @@
 // The network, on ONNX Runtime's WebAssembly, away from the page's own thread.
 //
-// In:  {type: "load", network}, {type: "fill", mask, settings, grow, exact}, {type: "pixels", pixels}
+// In:  {type: "load", network}, {type: "fill", mask, settings, grow, feather, exact}, {type: "pixels", pixels}
 // Out: {type: "loading", bytes, total}, {type: "loaded", threads}, {type: "read", box}, {type: "patch", box, colours,
-//      hole, exact}, {type: "progress", done, crops}, {type: "done", crops, seconds}, {type: "error", message}
+//      shares, exact}, {type: "progress", done, crops}, {type: "done", crops, seconds}, {type: "error", message}
 
+import { cut } from "./grid.js";
 import { fillHoles } from "./inpaint.js";
-import { grownMask } from "./masks.js";
+import { feathered, grownMask } from "./masks.js";
 
 let session, ort;
 let pixelsCame = () => {};
@@ -55,29 +56,32 @@ async function fetched(url, count) {
   return new Uint8Array(await done);
 }
 
-async function fill({ mask, settings, grow, exact }) {
+async function fill({ mask, settings, grow, feather, exact }) {
+  const grown = grownMask(mask, grow);
+  const { hole, shares } = feather ? feathered(grown, feather) : { hole: grown, shares: null };
   let seconds = 0;
   const { crops } = await fillHoles({
-    mask: grownMask(mask, grow),
+    mask: hole,
     settings,
     read: (box) =>
       new Promise((resolve) => {
         pixelsCame = resolve;
         self.postMessage({ type: "read", box });
       }),
-    run: async (image, hole, height, width) => {
+    run: async (image, seenHole, height, width) => {
       const started = performance.now();
       const { output } = await session.run({
         image: new ort.Tensor("float32", image, [1, 3, height, width]),
-        mask: new ort.Tensor("float32", hole, [1, 1, height, width]),
+        mask: new ort.Tensor("float32", seenHole, [1, 1, height, width]),
       });
       seconds += (performance.now() - started) / 1000;
       return output.data;
     },
-    paste: (box, colours, hole, floats) =>
-      self.postMessage({ type: "patch", box, colours, hole: hole.data, exact: exact ? floats : null }, [
-        colours.buffer,
-      ]),
+    paste: (box, colours, { data }, floats) => {
+      const blended = shares && cut(shares, box).data;
+      const parts = data.map((inside, at) => (inside ? (blended?.[at] ?? 255) : 0));
+      self.postMessage({ type: "patch", box, colours, shares: parts, exact: exact ? floats : null }, [colours.buffer]);
+    },
     progress: (done, crops) => self.postMessage({ type: "progress", done, crops }),
   });
   self.postMessage({ type: "done", crops, seconds });

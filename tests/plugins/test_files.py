@@ -1,0 +1,46 @@
+"""Reports are whole lines, whatever happened to the file before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from misf.plugins.shared.files import JsonLines
+
+
+def test_records_are_appended_as_lines_and_a_line_cut_off_stays_by_itself(tmp_path: Path) -> None:
+    report = tmp_path / "report.jsonl"
+    for number in range(2):
+        with JsonLines(report) as lines:
+            lines.append({"number": number, "name": "ä\udcff\n"})
+    before = report.read_text()
+    assert [json.loads(line)["number"] for line in before.splitlines()] == [0, 1]
+    report.write_text(before + '{"number": 2, "na')
+    with JsonLines(report) as lines:
+        lines.append({"number": 3})
+    assert report.read_text() == before + '{"number": 2, "na\n{"number": 3}\n'
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """A limit on the size of files ends a write in its middle, as a full disk does."""
+    code = """
+import resource, sys
+from misf.plugins.shared.files import JsonLines
+resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
+with JsonLines(sys.argv[1]) as lines:
+    for _ in range(9):
+        lines.append({"number": 12345})
+"""
+    report = tmp_path / "report.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, report], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert f"cannot write {report}: No space left on device" in done.stderr
+    assert report.read_text() == '{"number": 12345}\n' * 2
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write .*nowhere/report\.jsonl: No such file"):
+        JsonLines(tmp_path / "nowhere/report.jsonl")
