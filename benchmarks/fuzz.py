@@ -1,10 +1,10 @@
-"""Mutated pictures, masks, checkpoints and ONNX files, each given to misf-run: no traceback, no file left, no crash.
+"""Runs misf-run on mutated pictures, masks, checkpoints and ONNX files: no tracebacks, crashes or leftover files.
 
 python benchmarks/fuzz.py [--cases 250] [--seed 0] [--minutes 20] [--kinds picture mask checkpoint onnx]
 
-`--cases` is the number of each kind. Prints a JSON document with what came of them, and ends with 1 if any was wrong; a
-case is made again by its kind, seed and number, and is kept with `--keep FOLDER`. The cases run in a process of their
-own, so that one that ends it, or hangs, is found too.
+`--cases` is the number of cases of each kind. It prints a JSON document with the results, and exits with 1 if there are
+problems. A case is reproducible from its kind, seed and number, and is kept with `--keep FOLDER`. The cases run in a
+separate process, so that a crash or hang of it is found too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from PIL import Image
 
 KINDS = ("picture", "mask", "checkpoint", "onnx")
 SIDE = 64
-SECONDS = 60  # after which a case hangs
-GIGABYTES = 3.0  # more than Pillow's limit of 179 megapixels takes, as RGBA, decoded and copied
+SECONDS = 60  # a case that takes longer counts as hanging
+GIGABYTES = 3.0  # more than Pillow's limit of 179 megapixels needs as RGBA, decoded and copied
 EXTREMES = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
 
 def pictures() -> dict[str, bytes]:
-    """Return small files of every kind that misf-run reads, by their names."""
+    """Return small files of every kind that misf-run reads, by name."""
     y, x = np.mgrid[:SIDE, :SIDE]
     image = Image.fromarray(np.stack([x * 4, y * 4, (x * y) % 256], -1).astype(np.uint8))
     exif = Image.Exif()
@@ -72,7 +72,7 @@ def pictures() -> dict[str, bytes]:
 
 
 def models(kind: str) -> dict[str, bytes]:
-    """Return checkpoints of the smallest network, or an ONNX file, by their names."""
+    """Return checkpoints of the smallest network, or an ONNX file, by name."""
     if kind == "onnx":
         return {"small.onnx": (files("misf.runtime") / "models" / "misf-small.onnx").read_bytes()}
     from misf.training import PRESETS
@@ -88,11 +88,11 @@ def models(kind: str) -> dict[str, bytes]:
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """Return `data` with a few damages: bytes and numbers changed, parts cut, doubled, zeroed or put elsewhere."""
+    """Return `data` with some damage: bytes and numbers changed, parts cut, repeated, zeroed or moved."""
     changed = bytearray(data)
-    mild = rng.random() < 0.4  # bytes anywhere, the length stays: what is damaged is found late or never
+    mild = rng.random() < 0.4  # bytes anywhere, same length, so that damage is found late or never
     for _ in range(int(rng.integers(1, 5))):
-        end = len(changed) if mild or rng.random() < 0.4 else min(len(changed), 512)  # most structure is in front
+        end = len(changed) if mild or rng.random() < 0.4 else min(len(changed), 512)  # most structure is at the start
         at = int(rng.integers(0, max(1, end)))
         length = int(rng.integers(1, 64))
         part = changed[at : at + length]
@@ -117,7 +117,7 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def with_checksums(data: bytes) -> bytes:
-    """Return a PNG whose chunks have the checksums that belong to them, so that damage is not found by those."""
+    """Return a PNG with corrected checksums of its chunks, so that they do not reveal the damage."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     changed, at = bytearray(data), 8
@@ -138,7 +138,7 @@ def case(kind: str, seed: int, number: int, sources: dict[str, bytes]) -> tuple[
 
 
 def problems_of(kind: str, name: str, data: bytes, folder: Path) -> tuple[int, list[str]]:
-    """Run misf-run on a case in an empty folder; return its exit code and what is wrong."""
+    """Run misf-run on a case in an empty folder; return its exit code and the problems found."""
     from click.testing import CliRunner
 
     from misf.runtime.run_cli import main
@@ -179,7 +179,7 @@ def problems_of(kind: str, name: str, data: bytes, folder: Path) -> tuple[int, l
 
 
 def work(kind: str, seed: int, first: int, last: int, keep: str) -> None:
-    """Run cases, one line of JSON each: the worker's side."""
+    """Run cases in a worker, and print a line of JSON for each."""
     sources = pictures() if kind in ("picture", "mask") else models(kind)
     print("ready", flush=True)
     for number in range(first, last):
@@ -197,11 +197,11 @@ def work(kind: str, seed: int, first: int, last: int, keep: str) -> None:
         record = {"number": number, "name": name, "code": code, "wrong": wrong, "peak_gb": round(peak, 2)}
         print(json.dumps(record), flush=True)
         if peak > GIGABYTES:
-            return  # the peak of the next ones would be this one's
+            return  # the measured peak of later cases would be that of this one
 
 
 def fuzz(kind: str, seed: int, cases: int, deadline: float, keep: str = "") -> dict[str, Any]:
-    """Return what came of the cases of a kind: how many, their exit codes, the peak of memory, what was wrong."""
+    """Return the results of the cases of a kind: number, exit codes, peak memory and problems."""
     codes: Counter[str] = Counter()
     wrong: list[dict[str, Any]] = []
     number, peak = 0, 0.0
@@ -219,7 +219,7 @@ def fuzz(kind: str, seed: int, cases: int, deadline: float, keep: str = "") -> d
 
 
 def _lines(arguments: list[str], deadline: float) -> Any:
-    """Yield the lines of a worker, and one that says how it ended where it died or hangs."""
+    """Yield the lines of a worker, and one about its end if it crashes or hangs."""
     environment = {**os.environ, "MISF_LOG_LEVEL": "WARNING"}
     command = [sys.executable, __file__, "--worker", *arguments]
     with subprocess.Popen(

@@ -1,11 +1,12 @@
-"""misf-serve under load: clients side by side, every answer compared with the file that misf-run writes.
+"""misf-serve under load: concurrent clients, every response compared with the file that misf-run writes.
 
     python benchmarks/serving.py                          # 32 clients, batches on and off in turns, then one client
-    python benchmarks/serving.py --soak 10                # ten minutes of it, with the server's memory every second
-    python benchmarks/serving.py --url http://host:8080   # a server that runs already; checks, but no memory
+    python benchmarks/serving.py --soak 10                # ten minutes, with the server's memory every second
+    python benchmarks/serving.py --url http://host:8080   # a running server; its memory is not measured
 
-Half of the requests go to /inpaint, half to IOPaint's /api/v1/inpaint. A 503 is sent again after Retry-After and is
-counted; any other failure, or one byte that differs, ends with exit code 1. Writes serving.json and serving.md.
+Half of the requests go to /inpaint, half to IOPaint's /api/v1/inpaint. A request that gets a 503 is counted, and sent
+again after Retry-After; any other failure, or a byte that differs, results in exit code 1. Writes serving.json and
+serving.md.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROUTES = ("/inpaint", "/api/v1/inpaint")
 
 @dataclass
 class Work:
-    """A picture, its mask and the right answer."""
+    """A picture, its mask and the expected response."""
 
     image: bytes
     mask: bytes
@@ -48,7 +49,7 @@ class Work:
 
 @dataclass
 class Load:
-    """What came of some clients that worked for some time."""
+    """The results of some clients over some time."""
 
     name: str
     clients: int
@@ -60,7 +61,7 @@ class Load:
     batch_mean: float = 0
 
     def row(self) -> dict[str, Any]:
-        """Return it in numbers."""
+        """Return the results as a row of the table."""
         p50, p99 = np.percentile(self.milliseconds, (50, 99)) if self.milliseconds else (0, 0)
         return {
             "name": self.name,
@@ -78,12 +79,12 @@ class Load:
 
 
 def command(name: str) -> list[str]:
-    """Return the command line of one of our commands, without the script that pip makes."""
+    """Return the command line of a misf command that does not need the script installed by pip."""
     return [sys.executable, "-c", f"from misf.runtime.{name}_cli import main; main()"]
 
 
 def make_work(folder: Path, sizes: list[int], each: int, model: str, options: list[str]) -> list[Work]:
-    """Return pictures cut from the sample photographs, with what misf-run makes of them."""
+    """Return pictures cut from the sample photographs, with misf-run's results."""
     rng = np.random.default_rng(0)
     photographs = [Image.open(path).convert("RGB") for path in sorted(SAMPLES.glob("*.jpg"))]
     inputs, masks, outputs = (folder / name for name in ("in", "masks", "out"))
@@ -131,7 +132,7 @@ def request(client: httpx.Client, address: str, work: Work, route: str) -> httpx
 
 
 def work_off(address: str, load: Load, works: list[Work], number: int, end: float) -> None:
-    """Send one request after the other until the time is over; a request that was begun is finished."""
+    """Send requests one after the other until `end`; the last one is finished."""
     rng = np.random.default_rng(number)
     with httpx.Client(timeout=300, trust_env=False) as client:
         while time.monotonic() < end:
@@ -182,7 +183,7 @@ def resident(pid: int) -> float:
 
 
 def batches(address: str) -> tuple[float, float]:
-    """Return how often the model ran and for how many crops, by the server's metrics."""
+    """Return the numbers of model runs and of crops in the server's metrics."""
     lines = httpx.get(f"{address}/metrics", trust_env=False).text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return float(values["misf_batch_size_count"]), float(values["misf_batch_size_sum"])
@@ -205,13 +206,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="misf-small")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60, help="of each turn")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each server")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of each turn")
+    parser.add_argument("--rounds", type=int, default=2, help="number of turns of each server")
     parser.add_argument("--size", type=int, nargs="+", default=[256], help="sides of the pictures")
-    parser.add_argument("--pictures", type=int, default=8, help="of each size")
-    parser.add_argument("--option", action="append", default=[], help="of misf-run and misf-serve alike: --option=-x")
-    parser.add_argument("--soak", type=float, metavar="MINUTES", help="one server, for so long")
-    parser.add_argument("--url", help="a server that runs already, with the same model")
+    parser.add_argument("--pictures", type=int, default=8, help="number of pictures of each size")
+    parser.add_argument(
+        "--option", action="append", default=[], help="option for both misf-run and misf-serve: --option=-x"
+    )
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="test one server for this time")
+    parser.add_argument("--url", help="a running server with the same model")
     parser.add_argument("--output", type=Path, default=Path("serving"))
     args = parser.parse_args()
     loads: list[Load] = []

@@ -178,8 +178,8 @@ def test_two_processes_compute_what_one_does(more: tuple[str, ...], photographs:
     assert process.returncode == 0, errors
     for alone, together in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert alone == pytest.approx(together, rel=1e-4)
-    # Weights are compared as a whole, and only to 1e-3 (differences up to 3e-4 occur): the gradient of a bias before an
-    # instance norm is only rounding, of which Adam makes full steps. The losses above are the strict check.
+    # Predictions are compared, not weights, and only to 1e-3 (differences up to 3e-4 occur): the gradient of a bias
+    # before an instance norm is only rounding, of which Adam makes full steps. The losses above are the strict check.
     image, mask = samples(photographs, tiny_recipe()).sample(5)
     with torch.no_grad():
         one, two = (load_model(tmp_path / name / "ema.safetensors")(image[None], mask[None]) for name in ("one", "two"))
