@@ -217,12 +217,12 @@ def test_a_store_that_fails_in_passing_is_asked_again(monkeypatch: pytest.Monkey
 
 
 def test_a_node_that_comes_is_used_and_one_that_goes_costs_nothing_but_time(folder: Path, tmp_path: Path) -> None:
-    """A list of 1,500 entries, on one node, then two, then one again."""
+    """A list of 5,000 entries, on one node, then two, then one again."""
     from ray.cluster_utils import Cluster
 
     expected = sorted((folder / "expected").rglob("*.jpg"))
     with (tmp_path / "list.jsonl").open("w") as lines:
-        for number in range(1500):
+        for number in range(5000):
             relative = expected[number % 200].relative_to(folder / "expected")
             mask = next((folder / "masks" / relative.parent).glob(f"{relative.stem}*"))
             entry = {
@@ -258,9 +258,9 @@ def test_a_node_that_comes_is_used_and_one_that_goes_costs_nothing_but_time(fold
     assert running.returncode == 0, said.read_text()
     assert "a worker died" in said.read_text()
     assert sorted(record["output"] for record in records(report)) == sorted(
-        str(tmp_path / f"{number}.jpg") for number in range(1500)
+        str(tmp_path / f"{number}.jpg") for number in range(5000)
     )
-    for number in range(1500):
+    for number in range(5000):
         assert (tmp_path / f"{number}.jpg").read_bytes() == expected[number % 200].read_bytes()
 
 
