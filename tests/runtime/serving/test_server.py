@@ -405,10 +405,10 @@ def test_a_client_that_leaves_makes_room(model: Path, picture: Any) -> None:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/inpaint", files=files, timeout=0.3)
         assert gate.entered.wait(30)
+        until(lambda: 'status="499"} 2.0' in client.get("/metrics").text)  # the server has noticed both
         gate.gate.set()
         until(lambda: client.get("/readyz").status_code == 200)
         assert client.post("/inpaint", files=files).status_code == 200
-        assert 'status="499"} 2.0' in client.get("/metrics").text
     assert len(gate.shapes) == 3  # the warm-up, the one in the model, the last: never the one that only waited
 
 
