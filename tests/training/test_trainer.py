@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -184,40 +183,6 @@ def test_two_processes_compute_what_one_does(more: tuple[str, ...], photographs:
     with torch.no_grad():
         one, two = (load_model(tmp_path / name / "ema.safetensors")(image[None], mask[None]) for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_from_the_last_state_when_a_rank_is_killed(photographs: Path, tmp_path: Path) -> None:
-    """The same numbers as without the kill, on one process."""
-    arguments = ("--data", photographs, *QUICK, "--steps", "30", "--batch", "4", "--device", "cpu")
-    run(*arguments, "--output", tmp_path / "one")
-    output = tmp_path / "two"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2", "-m")
-    elastic = (sys.executable, *launcher, *command(*arguments, "--auto-resume", "--output", output)[2:])
-    with started(elastic, TWO) as process:
-        deadline = time.monotonic() + 60
-        while not (output / "state.pt").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.02)
-        killed = [path for path in Path("/proc").glob("[0-9]*/environ") if is_second_rank(path, output)]
-        os.kill(int(killed[0].parent.name), signal.SIGKILL)
-        errors = process.communicate(timeout=150)[1]
-    assert process.returncode == 0, errors
-    assert errors.count("Starting with 2 processes") == 2, errors
-    alone, together = log_of(tmp_path / "one"), log_of(output)
-    assert [line["step"] for line in together] == [line["step"] for line in alone]
-    for one, two in zip(alone[:9], together[:9], strict=True):
-        assert one == pytest.approx(two, rel=1e-3)
-
-
-def is_second_rank(environ: Path, output: Path) -> bool:
-    """Return whether a process of /proc is rank 1 of the run in `output`."""
-    try:
-        ours = str(output).encode() in environ.with_name("cmdline").read_bytes()
-        return ours and b"\0RANK=1\0" in b"\0" + environ.read_bytes() + b"\0"
-    except OSError:
-        return False
 
 
 def test_every_sample_is_used_once_however_the_work_is_split() -> None:
