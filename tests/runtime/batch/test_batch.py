@@ -92,7 +92,7 @@ def test_a_killed_worker_loses_nothing_and_does_nothing_twice(folder: Path, tmp_
     os.kill(workers()[0], signal.SIGKILL)
     _, stderr = running.communicate(timeout=200)
     assert running.returncode == 0, stderr
-    assert "a worker died" in stderr
+    assert "a worker died" in stderr or "a worker could not start" in stderr  # the one killed may still have loaded
     assert contents(folder / "filled") == contents(folder / "expected")
     assert sorted(record["input"] for record in records(report)) == sorted(map(str, (folder / "in").rglob("*.jpg")))
     assert {record["status"] for record in records(report)} <= {"done", "exists"}
