@@ -68,6 +68,10 @@ def response_for(error: Exception) -> Response:
     return failure_response(500, "the server failed; its log says why, under the X-Request-Id of this answer")
 
 
+FILLING = (400, 401, 408, 413, 415, 422, 500, 503)
+"""How a request to fill a picture may fail."""
+
+
 def documented(*statuses: int, success: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
     """Return what OpenAPI says of failures with these statuses, and of the success where it is given."""
     texts = {

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..pictures.geometry import Mask
 from ..pictures.masks import MaskSettings, grown_mask, mask_from_image
 from ..pictures.settings import CropSettings
-from .failures import RequestError, documented, failure_response
+from .failures import FILLING, RequestError, documented, failure_response
 from .filling import Filled, Filler
 from .routes import LONGEST, PICTURES, with_facts
 
@@ -118,14 +118,7 @@ def iopaint_routes(filler: Filler, model: str) -> APIRouter:
         summary="Fill the holes of a picture",
         response_class=Response,
         responses=documented(
-            400,
-            401,
-            408,
-            413,
-            415,
-            422,
-            500,
-            503,
+            *FILLING,
             success={
                 "description": "The picture in its own format",
                 "content": PICTURES,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from ..pictures.masks import THRESHOLD, MaskSettings
 from ..pictures.settings import STRATEGIES
-from .failures import RequestError, documented
+from .failures import FILLING, RequestError, documented
 from .filling import MEDIA_TYPES, Filled, Filler
 
 LONGEST = 4096
@@ -62,20 +62,13 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
         summary="Fill the holes of a picture",
         response_model=FilledPicture,
         responses=documented(
-            400,
-            401,
-            408,
-            413,
-            415,
-            422,
-            500,
-            503,
+            *FILLING,
             success={"description": "The picture in its own format, or JSON if that is accepted.", "content": PICTURES},
         ),
     )
     async def inpaint(
         request: Request,
-        image: Annotated[UploadFile, File(description="PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF")],
+        image: Annotated[UploadFile, File(description="PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC")],
         mask: Annotated[UploadFile, File(description="White is hole; of the size at which the picture is displayed")],
         strategy: Annotated[Strategy | None, Query(description="What the network sees; default: the server's")] = None,
         margin: Annotated[int | None, Query(ge=0, le=LONGEST, description="Pixels of context around a hole")] = None,
