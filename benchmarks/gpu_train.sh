@@ -52,7 +52,7 @@ pace=(--workers 15 --log-every 100 --save-every 2000 --picture-every 1000000)
 if [ -e "$run/state.pt" ]; then
     how=(--resume "${pace[@]}")
 else
-    how=("${pace[@]}" --data "$data/train" --config misf-looks --recipe looks --precision bf16 --resident 16384
+    how=("${pace[@]}" --data "$data/train" --config misf-small --recipe looks --precision bf16 --resident 16384
         --perceptual-backbone "$backbone"
         --batch 64 --steps 1000000 --set seconds="$total")
     [ -d "$data/val" ] && how+=(--val "$data/val")

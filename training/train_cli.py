@@ -78,16 +78,19 @@ STARTED = time.monotonic()
 @click.option(
     "--init-from",
     type=ModelFile(weights=True),
-    help="Checkpoint to start from, or misf-small; its network and its recipe replace --config and --recipe.",
+    help="Checkpoint to start from, or misf-small. Its network and its recipe are the defaults of --config and "
+    "--recipe; of another --config, the layers that fit get its weights.",
 )
 @official_option
 @click.option("--vgg19", type=click.Path(path_type=Path), help="torchvision's VGG-19 weights, for the paper's losses.")
 @click.option(
     "--perceptual-backbone",
     metavar="NAME|FILE",
-    default="lite0",
+    multiple=True,
+    default=["lite0"],
     show_default=True,
-    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights.",
+    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights. If repeated, "
+    "the networks take turns.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Number of training steps.  [default: the recipe's]")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples per step, over all processes.")
@@ -230,7 +233,8 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         if options["filters"]:
             raise click.UsageError("--filters would change the network of --init-from: leave one of them out")
         start = load_checkpoint(options["init_from"])
-        network = start.config
+        if not _given("config"):
+            network = start.config
     elif options["filters"]:
         network = replace(network, **ABLATIONS[options["filters"]])
     recipe = _base_recipe(options["recipe"], start)
@@ -280,19 +284,21 @@ def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
     return recipe
 
 
-def _numbers(changes: tuple[str, ...]) -> dict[str, float | bool]:
-    """Return the values of --set by name: the recipe's floats and switches (0 or 1)."""
-    known = {item.name: item.type for item in fields(Recipe) if item.type in ("float", "bool")}
-    found: dict[str, float | bool] = {}
+def _numbers(changes: tuple[str, ...]) -> dict[str, float | int | bool]:
+    """Return the values of --set by name: the recipe's numbers and switches (0 or 1)."""
+    kinds = {"float": float, "int": int, "bool": lambda text: {"0": False, "1": True}[text]}
+    known = {item.name: kinds[str(item.type)] for item in fields(Recipe) if item.type in kinds}
+    found: dict[str, float | int | bool] = {}
     for change in changes:
         name, _, text = change.partition("=")
         try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if name not in known or number != number or (known[name] == "bool" and number not in (0, 1)):
-            raise click.UsageError(f"--set {change}: expected NAME=NUMBER with a name out of {', '.join(known)}")
-        found[name] = bool(number) if known[name] == "bool" else number
+            found[name] = known[name](text)
+            if found[name] != found[name]:
+                raise ValueError("not a number")
+        except (KeyError, ValueError):
+            raise click.UsageError(
+                f"--set {change}: expected NAME=NUMBER with a name out of {', '.join(known)}"
+            ) from None
     return found
 
 
@@ -311,7 +317,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         recipe,
         fabric,
         vgg=_vgg(settings, recipe),
-        distance=_feature_distance(settings, recipe),
+        distances=_feature_distances(settings, recipe),
         weights=_weights(settings),
     )
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
@@ -407,12 +413,12 @@ def _vgg(settings: dict[str, Any], recipe: Recipe) -> Vgg19 | None:
     return load_vgg19(settings["vgg19"])
 
 
-def _feature_distance(settings: dict[str, Any], recipe: Recipe) -> FeatureDistance | None:
+def _feature_distances(settings: dict[str, Any], recipe: Recipe) -> list[FeatureDistance]:
     if not recipe.distance:
-        return None
+        return []
     from .efficientnet import load_feature_distance
 
-    return load_feature_distance(settings["perceptual_backbone"])
+    return [load_feature_distance(source) for source in settings["perceptual_backbone"]]
 
 
 def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:

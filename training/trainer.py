@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,22 @@ def computes_bf16() -> bool:
     return not has or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
 
 
+def take_weights(network: InpaintingNetwork, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights that fit `network` by name and shape, and log which layers keep the values they have.
+
+    Raises:
+        MisfError: no weight fits.
+
+    """
+    state = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in state and value.shape == state[name].shape}
+    if not fitting:
+        raise MisfError("none of the weights of --init-from fits the network of --config")
+    network.load_state_dict(fitting, strict=False)
+    if missing := sorted({name.rpartition(".")[0] for name in state.keys() - fitting.keys()}):
+        log.info("%d of %d weights taken from --init-from; new: %s", len(fitting), len(state), ", ".join(missing))
+
+
 class StepSampler(Sampler[int]):
     """The sample indices of one process, from step `start` to the end: a slice of each step's batch."""
 
@@ -113,11 +129,11 @@ class Trainer:
         config: the recipe.
         fabric: from `make_fabric`.
         vgg: frozen VGG-19; required if the recipe compares its features.
-        distance: the feature distance; required if the recipe uses it.
-        weights: the generator's initial state dict; random weights by default.
+        distances: feature distances, of which each step uses the next one; required if the recipe uses them.
+        weights: the generator's initial state dict, perhaps of another network (`take_weights`); random by default.
 
     Raises:
-        MisfError: the recipe needs `vgg` or `distance`, or its schedule does not work with several processes.
+        MisfError: the recipe needs `vgg` or `distances`, or its schedule does not work with several processes.
 
     """
 
@@ -127,14 +143,14 @@ class Trainer:
         fabric: Fabric,
         *,
         vgg: Vgg19 | None = None,
-        distance: FeatureDistance | None = None,
+        distances: Sequence[FeatureDistance] = (),
         weights: dict[str, Tensor] | None = None,
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {VGG19_SOURCE} with --vgg19")
         if config.seconds and fabric.world_size > 1:
             raise MisfError("a schedule by the clock (seconds) works with one process only: give --steps instead")
-        if config.distance and distance is None:
+        if config.distance and not distances:
             raise MisfError("the recipe uses a feature distance: give --perceptual-backbone")
         self.config, self.fabric, self.step = config, fabric, 0
         self.elapsed_s = 0.0
@@ -145,7 +161,7 @@ class Trainer:
         network = InpaintingNetwork(config.network)
         initialize(network)
         if weights is not None:
-            network.load_state_dict(weights)
+            take_weights(network, weights)
         network = network.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.network = network
         self.average = fabric.to_device(copy.deepcopy(network).eval().requires_grad_(False))
@@ -153,7 +169,7 @@ class Trainer:
         self.generator, *wrapped = fabric.setup(network, *(optimizer for optimizer, _ in optimizers))
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
-        self.distance = None if distance is None else fabric.to_device(distance.to(memory_format=self.layout))  # type: ignore[call-overload]
+        self.distances = [fabric.to_device(each.to(memory_format=self.layout)) for each in distances]  # type: ignore[call-overload]
         self.discriminator: Any = None
         self.discriminator_optimizer: Any = None
         if config.adversarial:
@@ -170,7 +186,7 @@ class Trainer:
         """
         if self.fabric.world_size == 1 or not torch.distributed.is_initialized():
             return
-        del self.generator, self.network, self.average, self.optimizers, self.vgg, self.distance
+        del self.generator, self.network, self.average, self.optimizers, self.vgg, self.distances
         del self.discriminator, self.discriminator_optimizer
         gc.collect()
         self.fabric.barrier()
@@ -298,10 +314,8 @@ class Trainer:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
             terms |= self._passing_for_real(prediction, image, mask, real_features)
-        if self.distance is not None:
-            with self.fabric.autocast():
-                distance = self.distance(image, composite(image, prediction, mask))
-            terms["distance"] = losses.feature_distance_loss(distance)
+        if self.distances:
+            terms["distance"] = losses.feature_distance_loss(self._distance(image, composite(image, prediction, mask)))
         if self.vgg is not None:
             with self.fabric.autocast():
                 with torch.no_grad():
@@ -310,6 +324,19 @@ class Trainer:
             terms["perceptual"] = losses.perceptual_loss(of_prediction, of_image)
             terms["style"] = losses.style_loss(of_prediction, of_image)
         return terms
+
+    def _distance(self, image: Tensor, result: Tensor) -> Tensor:
+        """Return the feature distance of each pair, N, by the next of the networks.
+
+        A few rows and columns are cut off, more from step to step: otherwise the places where the strided layers look
+        would always coincide with the same places of the generator's layers, which can learn a grid from that.
+        """
+        top, left = self.step % 16, self.step // 16 % 16
+        with self.fabric.autocast():
+            found: Tensor = self.distances[self.step % len(self.distances)](
+                image[:, :, top:, left:], result[:, :, top:, left:]
+            )
+        return found
 
     def _passing_for_real(
         self, prediction: Tensor, image: Tensor, mask: Tensor, real_features: list[Tensor]

@@ -22,10 +22,12 @@ from misf.training import PRESETS, losses
 from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
 from misf.training.mask_drawing import RandomMasks
+from misf.training.model.checkpoint import load_checkpoint, save_checkpoint
+from misf.training.model.network import InpaintingNetwork
 from misf.training.recipe import RECIPES, Recipe
 from misf.training.resident import ResidentSamples
 from misf.training.train_cli import main
-from misf.training.trainer import Trainer, make_fabric
+from misf.training.trainer import Trainer, make_fabric, take_weights
 
 # Kernel size, stride, input, expanded and output channels of lite0's first blocks in the package's file.
 LITE0 = [
@@ -203,7 +205,7 @@ def test_small_pictures_are_enlarged_to_the_crop(photographs: Path) -> None:
 
 
 def train(photographs: Path, lite0: Path, output: Path, *options: str) -> list[dict[str, float]]:
-    common = ["--data", str(photographs), "--config", "misf-looks", "--recipe", "looks", "--resident", "20"]
+    common = ["--data", str(photographs), "--config", "misf-small", "--recipe", "looks", "--resident", "20"]
     common += ["--crop", "144", "--batch", "2", "--log-every", "1", "--device", "cpu"]
     result = CliRunner().invoke(
         main, ["--output", str(output), *common, "--perceptual-backbone", str(lite0), *options], catch_exceptions=False
@@ -222,6 +224,34 @@ def test_the_discriminator_begins_after_its_share_and_the_clock_ends_the_run(
     log = train(photographs, lite0, tmp_path / "clock", *by_clock)
     assert 1 <= len(log) < 1000
     assert log[-1]["learning_rate"] < 0.5 * max(line["learning_rate"] for line in log)
+
+
+def test_backbones_take_turns(photographs: Path, lite0: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    torch.save(lite0_weights(seed=1), other)
+    one, two = (
+        train(photographs, lite0, tmp_path / name, "--steps", "2", "--set", "learning_rate=1e-9", *more)
+        for name, more in (("one", ()), ("two", ("--perceptual-backbone", str(other))))
+    )
+    assert one[0]["distance"] == two[0]["distance"]
+    assert one[1]["distance"] != two[1]["distance"]
+
+
+def test_weights_of_another_network_are_taken_where_they_fit(
+    photographs: Path, lite0: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    plain = InpaintingNetwork(replace(PRESETS["misf-small"], detail=0))
+    start = tmp_path / "plain.safetensors"
+    save_checkpoint(start, plain.config, plain.state_dict())
+    caplog.set_level("INFO", "misf")
+    train(photographs, lite0, tmp_path / "run", "--init-from", str(start), "--steps", "1", "--learning-rate", "1e-9")
+    assert "new: detail.at_full" in caplog.text
+    trained = load_checkpoint(tmp_path / "run" / "ema.safetensors")
+    assert trained.config.detail == 16
+    torch.testing.assert_close(trained.weights["stem.weight"], plain.state_dict()["stem.weight"], rtol=0, atol=1e-6)
+    with pytest.raises(MisfError, match="none of the weights"):
+        take_weights(plain, {"other.weight": torch.zeros(1)})
 
 
 def test_a_run_by_the_clock_goes_on_where_it_stopped(photographs: Path, lite0: Path, tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def norm_in_layout(x: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two reflect-padded 3x3 convolutions, with instance norm if `normalize`, added to the input."""
 
-    def __init__(self, channels: int, dilation: int, normalize: bool = True, slope: float = 0.0) -> None:
+    def __init__(self, channels: int, dilation: int, normalize: bool = True) -> None:
         super().__init__()
-        self.dilation, self.slope = dilation, slope
+        self.dilation = dilation
         self.norm = InstanceNorm() if normalize else nn.Identity()
         self.conv1 = nn.Conv2d(channels, channels, 3, dilation=dilation)
         self.conv2 = nn.Conv2d(channels, channels, 3)
@@ -69,18 +69,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return N,C,H,W of the input's size; H and W must exceed the dilation."""
         y = self.conv1(F.pad(x, (self.dilation,) * 4, mode="reflect"))
-        y = self.conv2(F.pad(_rectified(self.norm(y), self.slope), (1, 1, 1, 1), mode="reflect"))
+        y = self.conv2(F.pad(F.relu(self.norm(y)), (1, 1, 1, 1), mode="reflect"))
         result: Tensor = x + self.norm(y)
         return result
-
-
-LEAK = 0.2
-"""Negative slope of the leaky ReLUs in networks with a detail head. With plain ReLUs their layers died, because
-training first learns that noise on a smooth fill is bad."""
-
-
-def _rectified(x: Tensor, slope: float) -> Tensor:
-    return F.leaky_relu(x, slope) if slope else F.relu(x)
 
 
 class ConvBlock(nn.Sequential):
@@ -141,21 +132,21 @@ class InpaintingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.norm = InstanceNorm() if config.normalize else nn.Identity()
-        self.slope = LEAK if config.detail else 0.0
         width = config.width
-        inputs, window = (5, 3) if config.detail else (4, 7)
-        self.stem = nn.Conv2d(inputs, width, window)
+        self.stem = nn.Conv2d(4, width, 7)
         self.down = nn.ModuleList(
             [nn.Conv2d(width, 2 * width, 4, 2, padding=1), nn.Conv2d(2 * width, 4 * width, 4, 2, padding=1)]
         )
         self.middle = nn.Sequential(
-            *(
-                ResidualBlock(4 * width, dilation, config.normalize, self.slope)
-                for dilation in config.residual_dilations
-            )
+            *(ResidualBlock(4 * width, dilation, config.normalize) for dilation in config.residual_dilations)
         )
-        self.up = nn.ModuleList([_doubling(4 * width, config), _doubling(2 * width, config)])
-        self.head = nn.Conv2d(width, 3, window)
+        self.up = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, padding=1),
+                nn.ConvTranspose2d(2 * width, width, 4, 2, padding=1),
+            ]
+        )
+        self.head = nn.Conv2d(width, 3, 7)
         self.edges = EdgeContinuation() if config.fill_first and not config.detail else None
         self.detail = Detail(width, config.detail) if config.detail else None
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
@@ -204,7 +195,7 @@ class InpaintingNetwork(nn.Module):
         with full_precision(x):
             known = shrunken(x, 2)
             quarter = completed(known[2], coarse_fill(known[2]))
-        picture, features = self.filtered(self.detail.with_noise(quarter), quarter[:, :3])
+        picture, features = self.filtered(quarter, quarter[:, :3])
         with full_precision(x):
             estimate = near_known(known[1], enlarge(picture.float(), 2), PRIOR, twice=True)
             half = completed(known[1], estimate)
@@ -216,16 +207,16 @@ class InpaintingNetwork(nn.Module):
         """Return the filtered picture N,3,h,w and the decoder's features N,width,h,w.
 
         Args:
-            x: network input N,4,h,w, or N,5,h,w with noise.
+            x: network input N,4,h,w.
             base: picture N,3,h,w to which the decoder's output is added before the image filter.
 
         """
         config = self.config
-        features = _rectified(self.norm(self.stem(_reflect_border(x, self.stem))), self.slope)
-        seen = [x[:, :4] if config.detail else x]  # without noise
+        features = F.relu(self.norm(self.stem(_reflect_border(x, self.stem))))
+        seen = [x]
         for level in (1, 2, 3):
             if level > 1:
-                features = _rectified(self.norm(self.down[level - 2](features)), self.slope)
+                features = F.relu(self.norm(self.down[level - 2](features)))
             if self.prediction is None or level > config.prediction_levels:
                 continue
             y = self.prediction.down[level - 1](seen[-1] if level == 1 else F.avg_pool2d(seen[-1], 2))
@@ -235,23 +226,13 @@ class InpaintingNetwork(nn.Module):
                 features = dynamic_filter(features, taps, config.kernel_size, config.share)
         features = self.middle(features)
         for layer in self.up:
-            features = _rectified(self.norm(layer(features)), self.slope)
+            features = F.relu(self.norm(layer(features)))
         picture: Tensor = self.head(_reflect_border(features, self.head))
         if base is not None:
             picture = picture + base
         if self.prediction is not None and config.image_filter:
             picture = dynamic_filter(picture, self.prediction.image_filter_taps(*seen[1:]), config.kernel_size)
         return picture, features
-
-
-def _doubling(channels: int, config: NetworkConfig) -> nn.Module:
-    """Return a layer from N,C,H,W to N,C/2,2H,2W; before a detail head, one that cannot produce grid artefacts."""
-    if not config.detail:
-        return nn.ConvTranspose2d(channels, channels // 2, 4, 2, padding=1)
-    return nn.Sequential(
-        nn.Conv2d(channels, channels // 2, 3, padding=1),
-        nn.Upsample(scale_factor=2.0, mode="bilinear", align_corners=False),
-    )
 
 
 def _reflect_border(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -266,7 +247,7 @@ def network_input(image: Tensor, mask: Tensor) -> Tensor:
 
 
 class Detail(nn.Module):
-    """The head that adds detail at full resolution, from features at a quarter of it and then at half of it.
+    """The head that adds detail, from features at a quarter of the resolution over half of it to all of it.
 
     At half and full resolution its input is the picture as filled so far, the mask, and a fixed plane of noise as a
     source of detail that the surroundings do not determine. It has no layers that work on blocks of pixels (strided or
@@ -280,12 +261,17 @@ class Detail(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.at_quarter = nn.Conv2d(width, channels, 3, padding=1)
-        self.at_half = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.half_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
+        self.at_quarter = nn.Conv2d(width, 2 * channels, 3, padding=1)
+        self.half_view = nn.Conv2d(5, 2 * channels, 3, padding=1, bias=False)
+        self.at_half = nn.ModuleList(
+            [
+                nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
+                nn.Conv2d(2 * channels, channels, 3, padding=1),
+            ]
+        )
         self.full_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
         self.at_full = nn.Conv2d(channels, channels, 3, padding=1)
-        self.last = nn.Conv2d(channels, 3, 1)
+        self.last = nn.Conv2d(channels, 3, 3, padding=1)
         self.register_buffer("noise", _noise(self.NOISE), persistent=False)
 
     def with_noise(self, x: Tensor) -> Tensor:
@@ -302,12 +288,13 @@ class Detail(nn.Module):
             half, full: N,4,H/2,W/2 and N,4,H,W: the picture as filled so far, and the mask.
 
         """
-        y = enlarge(_rectified(self.at_quarter(_rectified(features, LEAK)), LEAK), 2)
-        # These sums have no bias that could silence them, so plain ReLU is kept: before a leaky one, ONNX Runtime would
-        # convert its blocked layout back.
-        y = enlarge(F.relu(self.at_half(y) + self.half_view(self.with_noise(half))), 2)
+        y = enlarge(self.at_quarter(features), 2)
+        y = F.relu(self.half_view(self.with_noise(half)) + y)
+        for layer in self.at_half[:-1]:
+            y = F.relu(layer(y))
+        y = enlarge(self.at_half[-1](y), 2)
         y = F.relu(self.full_view(self.with_noise(full)) + y)
-        result: Tensor = self.last(_rectified(self.at_full(y), LEAK))
+        result: Tensor = self.last(F.relu(self.at_full(y)))
         return result
 
 
