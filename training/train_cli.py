@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,8 +90,8 @@ STARTED = time.monotonic()
     multiple=True,
     default=["lite0"],
     show_default=True,
-    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights. If repeated, "
-    "the networks take turns.",
+    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights. "
+    "If repeated, the networks take turns.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Number of training steps.  [default: the recipe's]")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples per step, over all processes.")
@@ -286,7 +287,11 @@ def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
 
 def _numbers(changes: tuple[str, ...]) -> dict[str, float | int | bool]:
     """Return the values of --set by name: the recipe's numbers and switches (0 or 1)."""
-    kinds = {"float": float, "int": int, "bool": lambda text: {"0": False, "1": True}[text]}
+    kinds: dict[str, Callable[[str], float | int | bool]] = {
+        "float": float,
+        "int": int,
+        "bool": lambda text: {"0": False, "1": True}[text],
+    }
     known = {item.name: kinds[str(item.type)] for item in fields(Recipe) if item.type in kinds}
     found: dict[str, float | int | bool] = {}
     for change in changes:

@@ -116,7 +116,7 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 
 
 def _is_light(path: Path) -> bool:
-    """Return whether an ONNX file's network corrects a smooth fill, as misf-small does.
+    """Return whether an ONNX file's network adds detail to a smooth fill, as misf-small does.
 
     Such a network is mostly pooling and resizing, where OpenVINO took 1.4 to 2 times as long as ONNX Runtime (512x512
     and 256x256, two cores with AVX-512); networks of the published kind are mostly convolutions.
@@ -125,7 +125,7 @@ def _is_light(path: Path) -> bool:
         import onnx
 
         metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-        return bool(json.loads(metadata["misf.config"])["fill_first"])
+        return bool(json.loads(metadata["misf.config"])["detail"])
     except Exception:  # onnx is missing or the file is not ours: the backend that opens it next reports that
         return False
 

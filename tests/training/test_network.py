@@ -11,7 +11,6 @@ import scipy.ndimage
 import torch
 
 from misf.training import PRESETS, NetworkConfig, load_model
-from misf.training.model.config import FILL_MULTIPLE
 from misf.training.model.network import (
     InpaintingNetwork,
     InstanceNorm,
@@ -21,7 +20,7 @@ from misf.training.model.network import (
     norm_in_layout,
     reflect_to,
 )
-from misf.training.model.smooth_fill import EdgeContinuation, smooth_fill
+from misf.training.model.smooth_fill import coarse_fill
 
 from .golden.make_official import GOLDEN, official_weights, picture_and_mask, stored
 
@@ -66,10 +65,10 @@ def test_published_sizes() -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == 23_059_493 - 327
 
 
-FILLING = [replace(TINY, fill_first=True, scale=scale, normalize=False) for scale in (1, 2, 4)]
+DETAILED = replace(TINY, detail=8, normalize=False)
 
 
-@pytest.mark.parametrize("config", [TINY, *FILLING], ids=["tiny", "scale 1", "scale 2", "scale 4"])
+@pytest.mark.parametrize("config", [TINY, DETAILED], ids=["tiny", "detailed"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (5, 7), (57, 91), (64, 48)])
 def test_any_size(size: tuple[int, int], config: NetworkConfig) -> None:
     network = tiny_network(config)
@@ -93,13 +92,13 @@ def test_reflection_is_numpys(size: tuple[int, int], target: tuple[int, int]) ->
 
 
 def test_sizes_that_the_fill_and_the_layers_need() -> None:
-    assert [config.multiple for config in (TINY, *FILLING)] == [4, 16, 16, 16]
+    assert [config.multiple for config in (TINY, DETAILED)] == [4, 16]
     # Reflection by 2, which is the dilation, needs 3 pixels at a quarter of the layers' resolution.
-    assert [config.minimum_side for config in (TINY, *FILLING)] == [12, 16, 32, 48]
+    assert [config.minimum_side for config in (TINY, DETAILED)] == [12, 48]
 
 
-def numpy_fill(x: np.ndarray) -> np.ndarray:
-    """Return the smooth fill by definition, x H,W,4 -> H,W,3, with SciPy's box filters and averages of 2x2 pixels."""
+def numpy_fill(known: np.ndarray) -> np.ndarray:
+    """Return the smooth fill by definition, H,W,4 -> H,W,3, with SciPy's box filters and averages of 2x2 pixels."""
 
     def tent(pixels: np.ndarray, size: int) -> np.ndarray:
         for _ in range(2):
@@ -121,100 +120,48 @@ def numpy_fill(x: np.ndarray) -> np.ndarray:
             pixels = pair.reshape([2 * n if a == axis else n for a, n in enumerate(pixels.shape)])
         return pixels
 
-    known = np.concatenate([x[:, :, :3], 1 - x[:, :, 3:]], axis=2)
-    levels = [known]
-    for _ in range(4):
-        levels.append(half(levels[-1]))
+    levels = [known, half(known), half(half(known))]
     mean = known.mean(axis=(0, 1))
     estimate = (mean[:3] + 0.0005) / (mean[3:] + 0.001)
-    for level in (4, 3, 2, 1, 0):
-        for size in (17, 9, 5, 3) if level == 4 else (3,):
+    for level in (2, 1, 0):
+        for size in (17, 9, 5, 3) if level == 2 else (3,):
             nearby = tent(levels[level], size)
             estimate = (nearby[:, :, :3] + 0.02 * estimate) / (nearby[:, :, 3:] + 0.02)
         estimate = twice(estimate) if level else estimate
-    edge = scipy.ndimage.uniform_filter(known, (3, 3, 0), mode="constant")
-    estimate = (edge[:, :, :3] + 0.1 * estimate) / (edge[:, :, 3:] + 0.1)
-    return np.where(x[:, :, 3:] > 0.5, estimate, x[:, :, :3])
+    return estimate
 
 
-@pytest.mark.parametrize("size", [(16, 16), (48, 80)])
-def test_smooth_fill_is_its_definition(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(4, 4), (48, 80)])
+def test_the_fill_is_its_definition(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    mask = np.zeros((*size, 1))
-    mask[3:12, 5:] = 1
-    mask[rng.random(size) < 0.2] = 1
-    x = np.concatenate([rng.random((*size, 3)) * (1 - mask), mask], axis=2)
-    found = smooth_fill(torch.from_numpy(x.transpose(2, 0, 1))[None])[0].numpy().transpose(1, 2, 0)
-    np.testing.assert_allclose(found, numpy_fill(x), rtol=0, atol=1e-9)
-    assert np.array_equal(found[mask[:, :, 0] == 0], x[mask[:, :, 0] == 0][:, :3])
+    fraction = rng.random((*size, 1))  # at a lower resolution pixels are partly known
+    fraction[1:12, 2:] = 0
+    known = np.concatenate([rng.random((*size, 3)) * fraction, fraction], axis=2)
+    found = coarse_fill(torch.from_numpy(known.transpose(2, 0, 1))[None])[0].numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(found, numpy_fill(known), rtol=0, atol=1e-9)
 
 
-def test_smooth_fill_continues_one_colour_and_needs_its_multiple() -> None:
+def test_an_untrained_network_with_a_head_continues_colours_without_a_cast() -> None:
     mask = torch.zeros(1, 1, 64, 96)
     mask[..., 10:50, 20:90] = 1
     colour = torch.tensor([0.2, 0.9, 0.5]).view(1, 3, 1, 1).expand(1, 3, 64, 96)
-    torch.testing.assert_close(smooth_fill(network_input(colour, mask)), colour, rtol=0, atol=2e-3)
-    assert torch.equal(smooth_fill(network_input(colour, torch.ones_like(mask))), torch.full_like(colour, 0.5))
-    smooth_fill(torch.zeros(1, 4, FILL_MULTIPLE, FILL_MULTIPLE))
-    with pytest.raises(RuntimeError):
-        smooth_fill(torch.zeros(1, 4, FILL_MULTIPLE // 2 * 3, FILL_MULTIPLE))
+    network = tiny_network(replace(DETAILED, image_filter=False))  # its random taps would change the brightness
+    with torch.inference_mode():
+        torch.testing.assert_close(network(colour, mask), colour, rtol=0, atol=2e-3)
+        assert torch.equal(network(colour, torch.ones_like(mask)), torch.full_like(colour, 0.5))
 
 
-def plane_in_the_middle(
-    known: np.ndarray, colours: np.ndarray, here: tuple[int, int], size: int, sigma: float, prior: float, ridge: float
-) -> np.ndarray:
-    """Return the value at `here` of the plane fitted to the known pixels nearby, with NumPy's least squares."""
-    reach = size // 2
-    offsets = np.arange(-reach, reach + 1)
-    window = np.exp(-0.5 * (offsets / sigma) ** 2)
-    window /= window.sum()
-    rows, values, weights = [(1.0, 0.0, 0.0)], [colours[here]], [prior]
-    for dy, weight_y in zip(offsets, window, strict=True):
-        for dx, weight_x in zip(offsets, window, strict=True):
-            y, x = here[0] + dy, here[1] + dx
-            if 0 <= y < known.shape[0] and 0 <= x < known.shape[1] and known[y, x]:
-                rows.append((1.0, float(dx), float(dy)))
-                values.append(colours[y, x])
-                weights.append(weight_x * weight_y)
-    total = sum(weights)
-    rows += [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
-    values += [np.zeros(3)] * 2
-    weights += [ridge * total] * 2
-    root = np.sqrt(weights)[:, None]
-    return np.linalg.lstsq(np.array(rows) * root, np.array(values) * root, rcond=None)[0][0]
-
-
-def test_edges_continue_planes_fitted_by_least_squares() -> None:
-    rng = np.random.default_rng(0)
-    hole = np.zeros((20, 24), bool)
-    hole[4:16, 6:20] = True
-    hole[:3, :5] = True
-    hole[rng.random(hole.shape) < 0.1] = True
-    picture, prediction = rng.random((2, 20, 24, 3))
-    expected = prediction.copy()
-    for plane in EdgeContinuation.PLANES:
-        # Known pixels are observations; the prior in holes is the prediction as corrected so far.
-        seen = np.where(hole[:, :, None], expected, picture)
-        for here in np.argwhere(hole):
-            expected[tuple(here)] = plane_in_the_middle(~hole, seen, tuple(here), *plane)
-    x = np.concatenate([picture * ~hole[:, :, None], hole[:, :, None]], axis=2)
-    tensors = [torch.from_numpy(array.transpose(2, 0, 1))[None].double() for array in (x, prediction)]
-    found = EdgeContinuation().double()(*tensors)[0].numpy().transpose(1, 2, 0)
-    np.testing.assert_allclose(found[hole], expected[hole], rtol=0, atol=2e-6)  # the windows are float32
-    assert np.abs(expected - prediction)[hole].max() > 0.1
-
-
-def test_edges_leave_what_is_out_of_reach_and_one_colour_alone() -> None:
-    mask = torch.zeros(1, 1, 32, 32)
-    mask[..., 8:28, 8:28] = 1
-    prediction = torch.rand(1, 3, 32, 32, requires_grad=True)
-    changed = EdgeContinuation()(network_input(torch.rand(1, 3, 32, 32), mask), prediction)
-    assert torch.equal(changed[..., 11:25, 11:25], prediction[..., 11:25, 11:25])
-    changed.sum().backward()
-    assert prediction.grad is not None
-    assert torch.isfinite(prediction.grad).all()
-    colour = torch.full((1, 3, 32, 32), 0.7)
-    torch.testing.assert_close(EdgeContinuation()(network_input(colour, mask), colour), colour, rtol=0, atol=1e-5)
+def test_a_detail_of_one_colour_is_noise_and_the_same_in_every_batch() -> None:
+    network = tiny_network(DETAILED)
+    assert network.detail is not None
+    torch.nn.init.normal_(network.detail.last.weight, std=0.01)  # zero in an untrained network
+    image, mask = torch.full((2, 3, 192, 256), 0.5), torch.ones(2, 1, 192, 256)
+    mask[..., :16, :] = 0
+    with torch.inference_mode():
+        first = network(image, mask)
+        torch.testing.assert_close(network(image[:1], mask[:1]), first[:1], rtol=0, atol=1e-5)
+    assert first[0, :, 80:160, 64:192].std() > 1e-4, "noise is the only source of detail here"
+    assert torch.equal(first[0], first[1])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,9 +8,6 @@ from dataclasses import asdict, dataclass, fields
 MULTIPLE = 4
 """The network halves the resolution twice, so that the layers need heights and widths that are multiples of this."""
 
-FILL_MULTIPLE = 16
-"""The widest scales of the smooth fill work at a sixteenth of the resolution."""
-
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -42,14 +39,10 @@ class NetworkConfig:
     normalize: bool = True
     """Whether the filtering branch has instance norms. Without them a pixel depends only on its surroundings, not on
     the statistics of the whole picture, so that training on small crops carries over to large pictures."""
-    fill_first: bool = False
-    """Whether holes are first filled smoothly from their surroundings, and the network predicts the difference.
-    Training then starts at the level of the classical methods, which helps networks that are not trained for days."""
-    scale: int = 1
-    """The layers work at 1/scale of the resolution, at 1/scale^2 of the cost, and correct the smooth fill."""
-
     detail: int = 0
-    """Channels at full resolution of the head that adds detail (`network.Detail`); 0 for no head."""
+    """Channels at full resolution of the head that adds detail (`network.Detail`); 0 for the published wiring. With a
+    head, holes are first filled smoothly from their surroundings, both branches work at a quarter of the resolution, at
+    a sixteenth of the cost, and the head adds what that resolution cannot show."""
 
     working_size: int = 256
     """Side in pixels of the squares that the runtime gives to the network: about the size it was trained at or, without
@@ -58,19 +51,17 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_dilations", tuple(self.residual_dilations))
         integers = [self.width, self.prediction_width, self.prediction_convs, self.share, *self.residual_dilations]
-        integers += [self.kernel_size, self.scale, self.feature_filter_level, self.detail]
+        integers += [self.kernel_size, self.feature_filter_level, self.detail]
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in [*integers, self.working_size]):
             raise ValueError(f"NetworkConfig expects whole numbers, got {self}")
-        if not all(isinstance(value, bool) for value in (self.image_filter, self.normalize, self.fill_first)):
-            raise ValueError(f"image_filter, normalize and fill_first must be true or false, got {self}")
+        if not all(isinstance(value, bool) for value in (self.image_filter, self.normalize)):
+            raise ValueError(f"image_filter and normalize must be true or false, got {self}")
         if min(integers[:-2]) < 1 or max(integers) > 1024 or len(self.residual_dilations) > 64:
             raise ValueError(f"NetworkConfig sizes must be within 1..1024 (64 residual blocks), got {self}")
         if self.kernel_size % 2 == 0 or self.kernel_size > 15:
             raise ValueError(f"kernel_size must be odd and at most 15, got {self.kernel_size}")
-        if self.scale not in (1, 2, 4) or (self.scale > 1 and not self.fill_first):
-            raise ValueError(f"scale must be 1, or with fill_first 2 or 4, got {self.scale}")
-        if self.detail < 0 or (self.detail and self.scale != 4):
-            raise ValueError(f"detail must be 0, or at least 1 with scale 4, got {self.detail} with scale {self.scale}")
+        if self.detail < 0:
+            raise ValueError(f"detail must be at least 0, got {self.detail}")
         if not 64 <= self.working_size <= 8192:
             raise ValueError(f"working_size must be within 64..8192 pixels, got {self.working_size}")
         if self.feature_filter_level not in (0, 1, 2, 3):
@@ -97,15 +88,19 @@ class NetworkConfig:
         return 4 if self.image_filter else self.feature_filter_level
 
     @property
+    def scale(self) -> int:
+        """The branches work at 1/scale of the resolution."""
+        return 4 if self.detail else 1
+
+    @property
     def multiple(self) -> int:
         """Height and width inside the network must be multiples of this."""
-        return max(MULTIPLE * self.scale, FILL_MULTIPLE if self.fill_first else 1)
+        return MULTIPLE * self.scale
 
     @property
     def minimum_side(self) -> int:
         """Smallest height and width inside the network: reflection padding needs more pixels than it adds."""
-        smallest = MULTIPLE * self.scale * (max(self.residual_dilations, default=1) + 1)
-        return -(-smallest // self.multiple) * self.multiple
+        return self.multiple * (max(self.residual_dilations, default=1) + 1)
 
     def padded_side(self, side: int) -> int:
         """Return the height or width that the network works at for a picture of `side` pixels."""
@@ -131,9 +126,7 @@ class NetworkConfig:
             raise ValueError(f"the network config must be a JSON object, got {text[:80]!r}")
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown network config keys {', '.join(unknown)}: was it written by a newer misf?")
-        if values.get("fill_first"):
-            values.setdefault("working_size", 512)  # files older than this field
+            raise ValueError(f"unknown network config keys {', '.join(unknown)}: was it written by another misf?")
         try:
             return cls(**values)
         except TypeError as error:
@@ -148,8 +141,6 @@ PRESETS: dict[str, NetworkConfig] = {
         prediction_convs=2,
         residual_dilations=(2, 4, 8, 4),
         normalize=False,
-        fill_first=True,
-        scale=4,
         detail=16,
         working_size=512,
     ),

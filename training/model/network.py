@@ -13,18 +13,7 @@ from torch.nn import functional as F
 
 from ...plugins.dynamic_filter.op import dynamic_filter
 from .config import NetworkConfig
-from .smooth_fill import (
-    EDGE_PRIOR,
-    PRIOR,
-    EdgeContinuation,
-    coarse_fill,
-    completed,
-    enlarge,
-    full_precision,
-    near_known,
-    shrunken,
-    smooth_fill,
-)
+from .smooth_fill import coarse_fill, completed, enlarge, full_precision, known_colours, near_known
 
 
 class InstanceNorm(nn.Module):
@@ -147,7 +136,6 @@ class InpaintingNetwork(nn.Module):
             ]
         )
         self.head = nn.Conv2d(width, 3, 7)
-        self.edges = EdgeContinuation() if config.fill_first and not config.detail else None
         self.detail = Detail(width, config.detail) if config.detail else None
         self.prediction = PredictionBranch(config) if config.prediction_levels else None
 
@@ -170,37 +158,26 @@ class InpaintingNetwork(nn.Module):
 
         H and W must be multiples of `config.multiple` and at least `config.minimum_side`.
         """
-        scale = self.config.scale
-        if not self.config.fill_first:
-            return (torch.tanh(self.filtered(x)[0]) + 1) / 2
         if self.detail is not None:
             return self._detailed(x)
-        assert self.edges is not None
-        filled = smooth_fill(x)
-        y = torch.cat([filled, x[:, 3:]], dim=1)
-        if scale > 1:
-            y = F.avg_pool2d(y, scale)
-        # The layers' change to the filled picture, zero at the start of training.
-        change = self.filtered(y, y[:, :3])[0] - y[:, :3]
-        continued: Tensor = self.edges(x, filled + enlarge(change, scale))
-        return continued.clamp(0, 1)
+        return (torch.tanh(self.filtered(x)[0]) + 1) / 2
 
     def _detailed(self, x: Tensor) -> Tensor:
         """Return the prediction N,3,H,W in [0,1] of a network with a detail head.
 
-        The branches work on a smooth fill of the hole at a quarter of the resolution. Known pixels correct their result
-        at half and at full resolution, and the head adds the detail that only full resolution can show.
+        The branches work on a smooth fill of the hole at a quarter of the resolution. At half of it the known pixels
+        correct their result, and from there the head adds the detail.
         """
         assert self.detail is not None
         with full_precision(x):
-            known = shrunken(x, 2)
-            quarter = completed(known[2], coarse_fill(known[2]))
-        picture, features = self.filtered(quarter, quarter[:, :3])
+            half = F.avg_pool2d(x, 2)
+            quarter = F.avg_pool2d(half, 2)
+            filled = completed(quarter, coarse_fill(known_colours(quarter)))
+        picture, features = self.filtered(torch.cat(filled, dim=1), filled[0])
         with full_precision(x):
-            estimate = near_known(known[1], enlarge(picture.float(), 2), PRIOR, twice=True)
-            half = completed(known[1], estimate)
-            full = completed(known[0], near_known(known[0], enlarge(estimate, 2), EDGE_PRIOR))
-        detailed: Tensor = full[:, :3] + self.detail(features, half, full)
+            estimate = near_known(known_colours(half), enlarge(picture.float(), 2))
+            full = completed(x, enlarge(estimate, 2))
+        detailed: Tensor = full[0] + self.detail(features, completed(half, estimate), full)
         return detailed.clamp(0, 1)
 
     def filtered(self, x: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -271,31 +248,32 @@ class Detail(nn.Module):
         )
         self.full_view = nn.Conv2d(5, channels, 3, padding=1, bias=False)
         self.at_full = nn.Conv2d(channels, channels, 3, padding=1)
-        self.last = nn.Conv2d(channels, 3, 3, padding=1)
+        self.last = nn.Conv2d(channels, 3, 1)
         self.register_buffer("noise", _noise(self.NOISE), persistent=False)
 
-    def with_noise(self, x: Tensor) -> Tensor:
-        """Return N,C+1,H,W: x N,C,H,W concatenated with the noise plane."""
-        rows, columns = (torch.arange(side, device=x.device) % self.NOISE for side in x.shape[2:])
-        plane = self.noise.index_select(2, rows).index_select(3, columns)
-        return torch.cat([x, plane + torch.zeros_like(x[:, :1])], dim=1)  # `expand` would fix the batch in ONNX exports
-
-    def forward(self, features: Tensor, half: Tensor, full: Tensor) -> Tensor:
-        """Return the detail to add to `full`, N,3,H,W.
+    def forward(self, features: Tensor, half: list[Tensor], full: list[Tensor]) -> Tensor:
+        """Return the detail to add to the filled picture, N,3,H,W.
 
         Args:
             features: N,width,H/4,W/4.
-            half, full: N,4,H/2,W/2 and N,4,H,W: the picture as filled so far, and the mask.
+            half, full: the picture as filled so far, N,3,h,w, and the mask, N,1,h,w, at half and at full resolution.
 
         """
         y = enlarge(self.at_quarter(features), 2)
-        y = F.relu(self.half_view(self.with_noise(half)) + y)
+        y = F.relu(self.half_view(self._view(*half)) + y)
         for layer in self.at_half[:-1]:
             y = F.relu(layer(y))
         y = enlarge(self.at_half[-1](y), 2)
-        y = F.relu(self.full_view(self.with_noise(full)) + y)
+        y = F.relu(self.full_view(self._view(*full)) + y)
         result: Tensor = self.last(F.relu(self.at_full(y)))
         return result
+
+    def _view(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """Return N,5,h,w: the picture, the mask, and the plane of noise."""
+        rows, columns = (torch.arange(side, device=mask.device) % self.NOISE for side in mask.shape[2:])
+        plane = self.noise.index_select(2, rows).index_select(3, columns)
+        plane = plane + torch.zeros_like(mask)  # `expand` would fix the batch in ONNX exports
+        return torch.cat([picture, mask, plane], dim=1)
 
 
 def _noise(side: int) -> Tensor:
@@ -343,10 +321,9 @@ def initialize(network: InpaintingNetwork) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     config = network.config
-    if config.fill_first:
+    if network.detail is not None:
         nn.init.zeros_(network.head.weight)  # random weights here would train the layers below to output nothing
-        if network.detail is not None:
-            nn.init.zeros_(network.detail.last.weight)
+        nn.init.zeros_(network.detail.last.weight)
     else:
         nn.init.xavier_normal_(network.head.weight)
     if not config.normalize:
