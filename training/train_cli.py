@@ -89,8 +89,8 @@ STARTED = time.monotonic()
     multiple=True,
     default=["lite0"],
     show_default=True,
-    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights. If repeated, "
-    "the networks take turns.",
+    help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights. If "
+    "repeated, the networks take turns.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Number of training steps.  [default: the recipe's]")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples per step, over all processes.")
@@ -416,9 +416,12 @@ def _vgg(settings: dict[str, Any], recipe: Recipe) -> Vgg19 | None:
 def _feature_distances(settings: dict[str, Any], recipe: Recipe) -> list[FeatureDistance]:
     if not recipe.distance:
         return []
-    from .efficientnet import load_feature_distance
+    from .efficientnet import JUDGE, load_feature_distance
 
-    return [load_feature_distance(source) for source in settings["perceptual_backbone"]]
+    found = [load_feature_distance(source) for source in settings["perceptual_backbone"]]
+    if any(distance.variant == JUDGE for distance in found):
+        log.warning("--perceptual-backbone %s: misf-eval judges with it, and flatters what it trained", JUDGE)
+    return found
 
 
 def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:
