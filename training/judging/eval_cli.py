@@ -113,7 +113,7 @@ def main(
 ) -> int:
     """Measure how well models fill holes: each picture's centre crop, once per mask band (0-20, 20-40, 40-60 %).
 
-    With --by kind, once per kind of mask instead, of which each has a hole of about a quarter of the picture.
+    With --by kind, once per kind of mask instead, each with a hole of about a quarter of the picture.
 
     The masks depend only on --seed, so that all models and all runs see the same ones. Pixels outside the hole are
     those of the picture. Exit code 5: some pictures could not be read and were skipped.
