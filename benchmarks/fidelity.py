@@ -130,7 +130,7 @@ def grid(methods: list[Method], seed: int) -> Image.Image:
             raise ValueError(f"scikit-image's {name} cannot be read")
         band = BANDS[(row + 1) % len(BANDS)]
         hole = random_mask(np.random.default_rng([seed, row]), SIZE, SIZE, band)
-        case = Case(name, band, centre_crop(picture, SIZE), hole)
+        case = Case(name, band_name(band), centre_crop(picture, SIZE), hole)
         filled = [Method(method.name, method.fill).measure(case) for method in reversed(methods)]
         white = np.where(hole[:, :, None], np.uint8(255), case.truth)
         for column, image in enumerate([white, *filled, case.truth]):

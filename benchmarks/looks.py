@@ -3,7 +3,7 @@
 The values are means over the pictures of a band:
 
 - PSNR and SSIM of the composite, as in `misf-eval`.
-- Lite2: the feature distance of EfficientNet-Lite2 (training/efficientnet.py), with which no recipe trains.
+- Lite2: the feature distance of EfficientNet-Lite2, as in `misf-eval --feature-distance`.
 - gradient: the sum of absolute differences of neighbouring pixels in the hole, over the band's pictures, as a fraction
   of the truth's.
 - grid: the fraction of the fill's high frequencies that depends on the pixel's position modulo 2, 4 and 8 (the largest
@@ -26,8 +26,8 @@ from misf.plugins.shared.command import command
 from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
 from misf.training.judging.baselines import PEERS
-from misf.training.judging.evaluate import Case, Method, Picture, cases, model_fill
-from misf.training.mask_drawing import BANDS, Mask, band_name
+from misf.training.judging.evaluate import GROUPS, Case, Method, Picture, cases, distance_of, model_fill
+from misf.training.mask_drawing import Mask
 
 log = logging.getLogger("misf.benchmarks")
 
@@ -68,26 +68,14 @@ def main(models: tuple[Path, ...], peers: bool, data: Path, backbone: str, per_b
     """
     methods = [Method(path.parent.name + "/" + path.name, model_fill(path)[0]) for path in models]
     methods += [Method(name, fill) for name, fill in PEERS.items()] if peers else []
-    distance = _distance(backbone)
+    network = load_feature_distance(backbone)
+    distances = {network.variant: distance_of(network)}
     detail: list[list[dict[str, float]]] = [[] for _ in methods]
     for case in cases(Pictures(picture_paths(data), cache_bytes=0), per_band=per_band):
         for method, rows in zip(methods, detail, strict=True):
-            rows.append(_detail(case, method.measure(case, distance)))
-    reports = [_report(method, rows) for method, rows in zip(methods, detail, strict=True)]
-    click.echo(json.dumps(reports, indent=2) if as_json else markdown(reports))
-
-
-def _distance(backbone: str) -> Any:
-    import torch
-
-    network = load_feature_distance(backbone)
-
-    def distance(truth: Picture, result: Picture) -> float:
-        pair = [torch.from_numpy(x.transpose(2, 0, 1)[None].copy()).float() / 255 for x in (truth, result)]
-        with torch.inference_mode():
-            return float(network(*pair))
-
-    return distance
+            rows.append(_detail(case, method.measure(case, distances)))
+    reports = [_report(method, network.variant, rows) for method, rows in zip(methods, detail, strict=True)]
+    click.echo(json.dumps(reports, indent=2) if as_json else markdown(reports, network.variant))
 
 
 def _detail(case: Case, result: Picture) -> dict[str, float]:
@@ -133,20 +121,18 @@ def _by_place(tile: Plane, period: int) -> Plane:
     return folded
 
 
-def _report(method: Method, rows: list[dict[str, float]]) -> dict[str, Any]:
+def _report(method: Method, variant: str, rows: list[dict[str, float]]) -> dict[str, Any]:
     bands = {}
-    for band in BANDS:
+    means = method.report()["bands"]
+    for band in GROUPS["band"]:
         chosen = [index for index, (_, of) in enumerate(method.labels) if of == band]
-        means = {key: float(np.mean([method.rows[i][key] for i in chosen])) for key in ("psnr_db", "ssim", "lpips")}
         sums = {key: sum(rows[i][key] for i in chosen) for key in ("gradient_fill", "gradient_truth")}
         excess = [
             float(np.nanmean([rows[i][f"grid{period}_fill"] - rows[i][f"grid{period}_truth"] for i in chosen]))
             for period in PERIODS
         ]
-        bands[band_name(band)] = {
-            "psnr_db": means["psnr_db"],
-            "ssim": means["ssim"],
-            "lite2": means["lpips"],
+        bands[band] = {
+            **{key: means[band][key] for key in ("psnr_db", "ssim", variant)},
             "gradient": sums["gradient_fill"] / sums["gradient_truth"],
             "grid": max(excess),
             "grid_by_period": dict(zip(map(str, PERIODS), excess, strict=True)),
@@ -154,16 +140,17 @@ def _report(method: Method, rows: list[dict[str, float]]) -> dict[str, Any]:
     return {"name": method.name, "bands": bands}
 
 
-def markdown(reports: list[dict[str, Any]]) -> str:
+def markdown(reports: list[dict[str, Any]], variant: str) -> str:
     """Return the table; distances are also given as the change from the first method in percent."""
-    lines = ["| hole | | PSNR dB | SSIM | Lite2 | change | gradient | grid |", "| --- | --- " + "| ---: " * 6 + "|"]
-    for band in map(band_name, BANDS):
+    head = f"| hole | | PSNR dB | SSIM | {variant.capitalize()} | change | gradient | grid |"
+    lines = [head, "| --- | --- " + "| ---: " * 6 + "|"]
+    for band in GROUPS["band"]:
         first = reports[0]["bands"][band]
         for report in reports:
             row = report["bands"][band]
-            change = 100 * (row["lite2"] / first["lite2"] - 1)
+            change = 100 * (row[variant] / first[variant] - 1)
             lines.append(
-                f"| {band} | {report['name']} | {row['psnr_db']:.2f} | {row['ssim']:.4f} | {row['lite2']:.4f} "
+                f"| {band} | {report['name']} | {row['psnr_db']:.2f} | {row['ssim']:.4f} | {row[variant]:.4f} "
                 f"| {change:+.1f} % | {row['gradient']:.2f} | {row['grid']:+.3f} |"
             )
     return "\n".join(lines)

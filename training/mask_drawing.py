@@ -34,19 +34,49 @@ def band_name(band: Band) -> str:
     return f"{round(100 * band[0])}-{round(100 * band[1])}%"
 
 
+#: The shapes that misf-eval --by kind compares.
+KINDS = ("strokes", "boxes", "centre box", "outlines")
+
+# Shapes of one size, so that only their form differs: about the quarter that the centre box has.
+_KIND_BAND: Band = (0.2, 0.3)
+
+
 def band_of(mask: Mask) -> Band | None:
     """Return the band that a mask falls into (at a limit, the lower one); None without a hole or above all bands."""
     share = float(mask.mean())
     return next((band for band in BANDS if 0 < share <= band[1]), None)
 
 
-def random_mask(rng: np.random.Generator, height: int, width: int, band: Band | None = None) -> Mask:
+def mask_of_kind(rng: np.random.Generator, height: int, width: int, kind: str) -> Mask:
+    """Return a mask bool H,W, True = hole, of one of KINDS.
+
+    The centre box has half of each side, rounded up, and is the same every time, as in Pathak et al. (arXiv
+    1604.07379, section 3.3). Of the others, one or several shapes at random places, cut by the picture's border where
+    they cross it, make a hole of 20 to 30 % of the picture. Outlines are closed curves like those of objects.
+
+    Args:
+        rng: the only source of randomness; the same generator state gives the same mask.
+        height, width: at least 1 each, with a whole number of pixels between 20 and 30 % of the area.
+        kind: one of KINDS.
+
+    """
+    if kind == "centre box":
+        mask = np.zeros((height, width), np.bool_)
+        mask[height // 4 : height // 4 + (height + 1) // 2, width // 4 : width // 4 + (width + 1) // 2] = True
+        return mask
+    return random_mask(rng, height, width, _KIND_BAND, _MAKER_OF[kind])
+
+
+def random_mask(
+    rng: np.random.Generator, height: int, width: int, band: Band | None = None, draw: Maker | None = None
+) -> Mask:
     """Return a random mask bool H,W, True = hole: strokes, boxes, ellipses, blobs or a mixture of them.
 
     Args:
         rng: the only source of randomness; the same generator state gives the same mask.
         height, width: at least 1 each.
         band: minimum and maximum fraction of the picture that is hole, always met; by default one of BANDS at random.
+        draw: the function that draws each shape; by default one at random.
 
     Raises:
         ValueError: no whole number of pixels lies within the band.
@@ -59,7 +89,7 @@ def random_mask(rng: np.random.Generator, height: int, width: int, band: Band | 
         raise ValueError(f"no mask of {width}x{height} pixels has a hole of {low:g} to {high:g} of its area")
     share = rng.uniform(min(max(low, SMALLEST_SHARE), high), high)
     target = int(np.clip(round(share * area), fewest, most))
-    draw = _MAKERS[int(rng.integers(len(_MAKERS)))]
+    draw = draw or _MAKERS[int(rng.integers(len(_MAKERS)))]
     canvas = np.zeros((height, width), np.uint8)
     count = 0
     for _ in range(40):
@@ -155,6 +185,8 @@ def _stroke(rng: np.random.Generator, canvas: NDArray[np.uint8], area: float) ->
     points = _place(rng, canvas) + np.concatenate([np.zeros((1, 2)), np.cumsum(steps, axis=0)])
     cv2.polylines(canvas, [_fixed(points)], False, 1, thickness=thickness, shift=_BITS)
 
+
+_MAKER_OF: dict[str, Maker] = {"strokes": _stroke, "boxes": _box, "outlines": _blob}
 
 _SHAPES: tuple[Maker, ...] = (_stroke, _box, _ellipse, _blob)
 

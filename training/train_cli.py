@@ -421,9 +421,12 @@ def _vgg(settings: dict[str, Any], recipe: Recipe) -> Vgg19 | None:
 def _feature_distances(settings: dict[str, Any], recipe: Recipe) -> list[FeatureDistance]:
     if not recipe.distance:
         return []
-    from .efficientnet import load_feature_distance
+    from .efficientnet import JUDGE, load_feature_distance
 
-    return [load_feature_distance(source) for source in settings["perceptual_backbone"]]
+    found = [load_feature_distance(source) for source in settings["perceptual_backbone"]]
+    if any(distance.variant == JUDGE for distance in found):
+        log.warning("--perceptual-backbone %s: misf-eval judges with it, and flatters what it trained", JUDGE)
+    return found
 
 
 def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:

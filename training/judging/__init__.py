@@ -3,6 +3,6 @@
 metrics.py      PSNR, SSIM, L1
 lpips.py        LPIPS, where its weights are given
 baselines.py    the classical methods to compare with
-evaluate.py     a model over a set of photographs and masks, by the share of the picture that is hole
+evaluate.py     a model over a set of photographs and masks, by the hole's share of the picture or its shape
 eval_cli.py     misf-eval
 """

@@ -1,10 +1,10 @@
-"""misf-eval: PSNR, SSIM, L1 and LPIPS of any model and of the classical methods, per mask band."""
+"""misf-eval: how well any model and the classical methods fill holes, per band or kind of mask."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -58,7 +58,20 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.IntRange(min=1),
     help="Number of pictures to measure, spread evenly over the data.  [default: all]",
 )
+@click.option(
+    "--by",
+    type=click.Choice(["band", "kind"]),
+    default="band",
+    show_default=True,
+    help="Group the results by the hole's share of the picture, or by the shape of random masks: strokes, boxes, a "
+    "centre box, outlines.",
+)
 @click.option("--lpips", "backbone", type=FILE, help="torchvision's AlexNet weights, for LPIPS.")
+@click.option(
+    "--feature-distance",
+    metavar="NAME|FILE",
+    help="EfficientNet for the feature distance: lite2 (extra `looks`), or a file of its weights.",
+)
 @click.option(
     "--backend",
     type=click.Choice(BACKENDS),
@@ -90,13 +103,17 @@ def main(
     resize: bool,
     seed: int,
     per_band: int | None,
+    by: str,
     backbone: Path | None,
+    feature_distance: str | None,
     backend: str,
     device: str,
     precision: str,
     as_json: bool,
 ) -> int:
     """Measure how well models fill holes: each picture's centre crop, once per mask band (0-20, 20-40, 40-60 %).
+
+    With --by kind, once per kind of mask instead, each with a hole of about a quarter of the picture.
 
     The masks depend only on --seed, so that all models and all runs see the same ones. Pixels outside the hole are
     those of the picture. Exit code 5: some pictures could not be read and were skipped.
@@ -109,19 +126,21 @@ def main(
         raise click.UsageError("nothing to measure: give --checkpoint, --model or --peers")
     if masks == "random" and (invert_mask or mask_values):
         raise click.UsageError("--invert-mask and --mask-value are for mask files: give --masks FOLDER")
+    if masks != "random" and by == "kind":
+        raise click.UsageError("--by kind is for random masks, as the kind of a mask file is not known: omit --masks")
     _check_installed()
     from ...runtime.pictures.masks import MaskSettings
 
     pictures, mask_files = _data(data, masks, MaskSettings(mask_threshold, invert_mask, values=mask_values))
-    distance = _distance(backbone) if backbone else None
+    distances = _distances(backbone, feature_distance)
     methods = _methods(checkpoints, models, peers, {"backend": backend, "device": device, "precision": precision})
 
-    from .evaluate import cases, document, evaluate
+    from .evaluate import GROUPS, cases, document, evaluate
 
     taken = len(pictures) if per_band is None else min(per_band, len(pictures))
-    chosen = cases(pictures, size=size, seed=seed, per_band=per_band, masks=mask_files, resize=resize)
-    with progress("pictures", 3 * taken, lines=True) as step:
-        for done, _ in enumerate(evaluate(methods, chosen, distance), start=1):
+    chosen = cases(pictures, size=size, seed=seed, per_band=per_band, masks=mask_files, resize=resize, by=by)
+    with progress("pictures", len(GROUPS[by]) * taken, lines=True) as step:
+        for done, _ in enumerate(evaluate(methods, chosen, distances), start=1):
             step(done)
     if not methods[0].rows:
         reason = next(iter(pictures.bad.values()), "no mask has a hole of 0 to 60 % of its area")
@@ -132,11 +151,13 @@ def main(
         "seed": seed,
         "per_band": per_band,
         "masks": masks if masks == "random" else Path(masks).name,
+        "by": by,
     }
     if as_json:
-        print_json({"misf": misf_version(), **document(methods, data.name, pictures, settings, details=True)})
+        report = document(methods, data.name, pictures, settings, details=True, by=by)
+        print_json({"misf": misf_version(), **report})
     else:
-        _print_table(methods, distance is not None)
+        _print_table(methods, by, list(distances))
     return BATCH_FAILURES if pictures.bad else 0
 
 
@@ -173,46 +194,52 @@ def _methods(
     return methods
 
 
-def _distance(backbone: Path) -> Distance:
-    import torch
+def _distances(backbone: Path | None, feature_distance: str | None) -> dict[str, Distance]:
+    """Return the distances to measure, by their names in the results: lpips, and the EfficientNet's variant."""
+    from .evaluate import distance_of
 
-    from .lpips import load_lpips
+    found = {}
+    if backbone:
+        from .lpips import load_lpips
 
-    lpips = load_lpips(backbone)
+        found["lpips"] = distance_of(load_lpips(backbone))
+    if feature_distance:
+        from ..efficientnet import JUDGE, load_feature_distance
 
-    def distance(truth: Any, result: Any) -> float:
-        pair = [torch.from_numpy(x.transpose(2, 0, 1)[None].copy()).float() / 255 for x in (truth, result)]
-        return float(lpips(*pair))
+        network = load_feature_distance(feature_distance)
+        if network.variant != JUDGE:
+            log.warning(
+                "--feature-distance %s is EfficientNet-%s, with which misf-train trains: it flatters the networks that "
+                "it trained; %s does not",
+                feature_distance,
+                network.variant,
+                JUDGE,
+            )
+        found[network.variant] = distance_of(network)
+    return found
 
-    return distance
 
-
-def _print_table(methods: list[Method], with_lpips: bool) -> None:
+def _print_table(methods: list[Method], by: str, distances: list[str]) -> None:
     import sys
 
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from ..mask_drawing import BANDS, band_name
+    from .evaluate import GROUPS
 
+    digits = {"psnr_db": 2, "hole_psnr_db": 2, "ssim": 4, "l1_percent": 2, **dict.fromkeys(distances, 4)}
+    titles = ["LPIPS" if name == "lpips" else name.capitalize() for name in distances]
     table = Table(box=box.SIMPLE, caption="whole composite; 'in hole' counts only the pixels of the hole")
-    for heading in ("hole", "method", "PSNR dB", "in hole", "SSIM", "L1 %", *(["LPIPS"] if with_lpips else []), "ms"):
+    for heading in ("hole", "method", "PSNR dB", "in hole", "SSIM", "L1 %", *titles, "ms"):
         table.add_column(heading, justify="left" if heading in ("hole", "method") else "right")
-    reports = [method.report() for method in methods]
-    for band in map(band_name, BANDS):
+    reports = [method.report(by) for method in methods]
+    for group in GROUPS[by]:
         for number, report in enumerate(reports):
-            means: dict[str, float] = report["bands"][band]
+            means: dict[str, float] = report[f"{by}s"][group]
             if means["pictures"]:
-                digits = {
-                    "psnr_db": 2,
-                    "hole_psnr_db": 2,
-                    "ssim": 4,
-                    "l1_percent": 2,
-                    **({"lpips": 4} if with_lpips else {}),
-                }
                 numbers = [f"{means[name]:.{places}f}" for name, places in digits.items()]
-                first = f"{band} ({means['pictures']})" if number == 0 else ""
+                first = f"{group} ({means['pictures']})" if number == 0 else ""
                 table.add_row(first, report["name"], *numbers, f"{report['median_fill_ms']:.1f}")
         table.add_section()
     Console(width=None if sys.stdout.isatty() else 120).print(table)  # wide enough for the names when piped

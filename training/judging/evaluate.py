@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +17,32 @@ from PIL import Image
 from ...plugins.shared.files import sha256
 from ...runtime.pictures.geometry import Mask
 from ..dataset import Pictures
-from ..mask_drawing import BANDS, Band, MaskFolder, band_name, band_of, random_mask
+from ..mask_drawing import BANDS, KINDS, MaskFolder, band_name, band_of, mask_of_kind, random_mask
 from .baselines import Fill
 from .metrics import compare, mean_of, paste
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Picture = NDArray[np.uint8]
 Distance = Callable[[Picture, Picture], float]
 
 METRICS = (
     "means over pictures, measured on the 8-bit composite: PSNR in dB; SSIM with a Gaussian window of sigma 1.5, "
-    "averaged over RGB; L1 in percent of the full range; hole PSNR over the pixels in the hole; LPIPS (AlexNet) if its "
-    "weights were given"
+    "averaged over RGB; L1 in percent of the full range; hole PSNR over the pixels in the hole; if their weights were "
+    "given, LPIPS (AlexNet) and the feature distance of an EfficientNet-Lite (lite0 to lite2)"
 )
+
+#: What results are averaged over, and the names of the groups.
+GROUPS: dict[str, tuple[str, ...]] = {"band": tuple(map(band_name, BANDS)), "kind": KINDS}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture with one mask: `truth` uint8 size,size,3 RGB and `hole` bool size,size."""
+    """One picture with one mask: `truth` uint8 size,size,3 RGB and `hole` bool size,size; `group` is one of GROUPS'."""
 
     name: str
-    band: Band
+    group: str
     truth: Picture
     hole: Mask
 
@@ -71,17 +77,19 @@ def cases(
     per_band: int | None = None,
     masks: MaskFolder | None = None,
     resize: bool = False,
+    by: str = "band",
 ) -> Iterator[Case]:
-    """Yield the centre crop of each picture once per band, with a mask of that band.
+    """Yield the centre crop of each picture once per band (or kind of mask), with a mask of that band.
 
     Args:
         pictures: those that cannot be decoded are skipped (they are in `pictures.bad`).
         size: side of the crops in pixels.
-        seed: the masks depend only on the seed, the band and the picture's position in the list.
+        seed: the masks depend only on the seed, the band or kind, and the picture's position in the list.
         per_band: number of pictures, spread evenly over the list; None uses all.
         masks: a source of masks, used in their order and grouped by area; None generates masks. A band for which it has
             no mask has no cases.
         resize: shrink the whole middle square to `size` instead of cropping at native pixels.
+        by: band, or kind, for which `masks` has to be None.
 
     """
     chosen: Sequence[int] = range(len(pictures))
@@ -94,14 +102,17 @@ def cases(
         if picture is None:
             continue
         truth = centre_crop(picture, size, resize)
-        for number, band in enumerate(BANDS):
-            if masks is None:
-                hole = random_mask(np.random.default_rng([seed, number, index]), size, size, band)
-            elif groups[band]:
-                hole = masks.read(groups[band][place % len(groups[band])], size, size)
+        for number, group in enumerate(GROUPS[by]):
+            rng = np.random.default_rng([seed, number, index])
+            if by == "kind":
+                hole = mask_of_kind(rng, size, size, group)
+            elif masks is None:
+                hole = random_mask(rng, size, size, BANDS[number])
+            elif groups[group]:
+                hole = masks.read(groups[group][place % len(groups[group])], size, size)
             else:
                 continue
-            yield Case(names[pictures.paths[index]], band, truth, hole)
+            yield Case(names[pictures.paths[index]], group, truth, hole)
 
 
 def names_of(paths: Sequence[Path]) -> dict[Path, str]:
@@ -111,14 +122,26 @@ def names_of(paths: Sequence[Path]) -> dict[Path, str]:
     return {path: name.relative_to(shared).as_posix() for path, name in full.items()}
 
 
-def _grouped(masks: MaskFolder, size: int) -> dict[Band, list[int]]:
+def _grouped(masks: MaskFolder, size: int) -> dict[str, list[int]]:
     """Return the mask indices of each band."""
-    groups: dict[Band, list[int]] = {band: [] for band in BANDS}
+    groups: dict[str, list[int]] = {band: [] for band in GROUPS["band"]}
     for index in range(len(masks)):
         band = band_of(masks.read(index, size, size))
         if band is not None:
-            groups[band].append(index)
+            groups[band_name(band)].append(index)
     return groups
+
+
+def distance_of(network: nn.Module) -> Distance:
+    """Return a network's distance of tensors (truth, result) N,3,H,W in [0,1] as one of pictures uint8 H,W,3."""
+    import torch
+
+    def distance(truth: Picture, result: Picture) -> float:
+        pair = [torch.from_numpy(x.transpose(2, 0, 1)[None].copy()).float() / 255 for x in (truth, result)]
+        with torch.inference_mode():
+            return float(network(*pair))
+
+    return distance
 
 
 @dataclass
@@ -130,11 +153,11 @@ class Method:
     path: Path | None = None
     where: str = ""
     rows: list[dict[str, float]] = field(default_factory=list)
-    labels: list[tuple[str, Band]] = field(default_factory=list)
+    labels: list[tuple[str, str]] = field(default_factory=list)
     fill_ms: list[float] = field(default_factory=list)
 
-    def measure(self, case: Case, distance: Distance | None = None) -> Picture:
-        """Return the composite for `case`, uint8 size,size,3, and record its metrics; `distance` adds lpips.
+    def measure(self, case: Case, distances: Mapping[str, Distance] | None = None) -> Picture:
+        """Return the composite for `case`, uint8 size,size,3, and record its metrics and the distances, by name.
 
         Raises:
             ValueError: the prediction is not finite; the message names the method and the picture.
@@ -148,32 +171,28 @@ class Method:
         except ValueError as error:
             raise ValueError(f"{self.name} on {case.name}: {error}") from error
         row = compare(case.truth, result, case.hole)
-        if distance is not None:
-            row["lpips"] = distance(case.truth, result)
+        row |= {name: distance(case.truth, result) for name, distance in (distances or {}).items()}
         self.rows.append(row)
-        self.labels.append((case.name, case.band))
+        self.labels.append((case.name, case.group))
         return result
 
-    def report(self) -> dict[str, Any]:
-        """Return name, backend, time, and the mean of each metric per band and overall, ready for JSON."""
-        bands = {}
-        for band in BANDS:
-            rows = [row for row, (_, of) in zip(self.rows, self.labels, strict=True) if of == band]
-            bands[band_name(band)] = {"pictures": len(rows), **mean_of(rows)}
+    def report(self, by: str = "band") -> dict[str, Any]:
+        """Return name, backend, time, and the mean of each metric per band (or kind) and overall, ready for JSON."""
+        groups = {}
+        for group in GROUPS[by]:
+            rows = [row for row, (_, of) in zip(self.rows, self.labels, strict=True) if of == group]
+            groups[group] = {"pictures": len(rows), **mean_of(rows)}
         return {
             "name": self.name,
             "where": self.where,
             "median_fill_ms": round(median(self.fill_ms), 2) if self.fill_ms else None,
-            "bands": bands,
+            f"{by}s": groups,
             "all": {"pictures": len(self.rows), **mean_of(self.rows)},
         }
 
-    def details(self) -> list[dict[str, Any]]:
-        """Return one entry per picture and mask: picture, band and metrics."""
-        return [
-            {"picture": name, "band": band_name(band), **row}
-            for row, (name, band) in zip(self.rows, self.labels, strict=True)
-        ]
+    def details(self, by: str = "band") -> list[dict[str, Any]]:
+        """Return one entry per picture and mask: picture, band (or kind) and metrics."""
+        return [{"picture": name, by: group, **row} for row, (name, group) in zip(self.rows, self.labels, strict=True)]
 
 
 def model_fill(
@@ -200,15 +219,21 @@ def model_fill(
 
 
 def evaluate(
-    methods: Sequence[Method], measured: Iterable[Case], distance: Distance | None = None
+    methods: Sequence[Method], measured: Iterable[Case], distances: Mapping[str, Distance] | None = None
 ) -> Iterator[tuple[Case, list[Picture]]]:
     """Measure every method on every case; yield each case with its composites in the order of `methods`."""
     for case in measured:
-        yield case, [method.measure(case, distance) for method in methods]
+        yield case, [method.measure(case, distances) for method in methods]
 
 
 def document(
-    methods: Sequence[Method], data: str, pictures: Pictures, settings: dict[str, Any], *, details: bool
+    methods: Sequence[Method],
+    data: str,
+    pictures: Pictures,
+    settings: dict[str, Any],
+    *,
+    details: bool,
+    by: str = "band",
 ) -> dict[str, Any]:
     """Return the data, the settings and the results of each method, ready for JSON, without absolute paths.
 
@@ -218,14 +243,15 @@ def document(
         pictures: the pictures of the evaluation.
         settings: size, seed and so on, as given.
         details: also include one entry per method, picture and mask.
+        by: as for `cases`.
 
     """
     reports = []
     names = names_of(pictures.paths)
     for method in methods:
         digest = None if method.path is None else sha256(method.path)
-        pages = {"details": method.details()} if details else {}
-        reports.append({**method.report(), "sha256": digest, **pages})
+        pages = {"details": method.details(by)} if details else {}
+        reports.append({**method.report(by), "sha256": digest, **pages})
     return {
         "data": {
             "name": data,
