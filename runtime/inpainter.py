@@ -224,7 +224,7 @@ class Inpainter:
         for done, crop in enumerate(crops):
             log.debug("crop %s at %dx%d", tuple(crop.box), crop.size[1], crop.size[0])
             started = time.perf_counter()
-            fill = self._predict(canvas.read(crop.box, crop.size), _reduced_mask(waiting[crop.box.slices], crop.size))
+            fill = self._predict(canvas.read(crop.box, crop.size), reduced_mask(waiting[crop.box.slices], crop.size))
             seconds += time.perf_counter() - started
             share = None if weights is None else weights[crop.core.slices]
             canvas.paste(crop.core, _full_resolution(fill, crop), crop.hole, share)
@@ -309,7 +309,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
-def _reduced_mask(hole: Mask, size: Size) -> Mask:
+def reduced_mask(hole: Mask, size: Size) -> Mask:
     """Return the mask at the size that the model sees: every pixel into which a hole pixel bleeds is hole."""
     return hole if hole.shape == size else resize(hole[..., None].astype(np.float32), size)[..., 0] > 0
 

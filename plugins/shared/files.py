@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,39 @@ def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def folder_written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; put it in the place of `target` when the block succeeds.
+
+    An existing folder is replaced with all that is in it. When the block fails, it stays as it was.
+
+    Raises:
+        OSError: the target cannot be written, or is not a folder; the message names it.
+
+    """
+    path = Path(os.path.realpath(target))
+    if path.exists() and not path.is_dir():
+        raise OSError(f"cannot write {target}: it is not a folder")
+    temporary, former = (path.with_name(f"{_PREFIX}{secrets.token_hex(8)}") for _ in range(2))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rename(former)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if former.exists():
+                former.rename(path)
+            raise
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        for left in (temporary, former):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def remove_unfinished(folder: str | os.PathLike[str]) -> None:

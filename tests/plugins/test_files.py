@@ -9,7 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from misf.plugins.shared.files import JsonLines
+from misf.plugins.shared.files import JsonLines, folder_written_whole
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with folder_written_whole(target) as temporary:
+        (temporary / "one").write_text("1")
+        assert not target.exists()
+    with pytest.raises(ZeroDivisionError), folder_written_whole(target) as temporary:
+        (temporary / "two").write_text(str(2 / 0))
+    assert [path.name for path in target.iterdir()] == ["one"]
+    with folder_written_whole(target) as temporary:
+        (temporary / "two").write_text("2")
+    assert [path.name for path in target.iterdir()] == ["two"]
+    with pytest.raises(OSError, match="two: it is not a folder"), folder_written_whole(target / "two"):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder", "two"]  # nothing temporary is left
 
 
 def test_records_are_appended_as_lines_and_a_line_cut_off_stays_by_itself(tmp_path: Path) -> None:

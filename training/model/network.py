@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ...plugins.dynamic_filter.op import dynamic_filter
 from .config import NetworkConfig
-from .smooth_fill import coarse_fill, completed, enlarge, full_precision, known_colours, near_known
+from .smooth_fill import coarse_fill, completed, enlarge, full_precision, known_colours, refined
 
 
 class InstanceNorm(nn.Module):
@@ -175,9 +175,8 @@ class InpaintingNetwork(nn.Module):
             filled = completed(quarter, coarse_fill(known_colours(quarter)))
         picture, features = self.filtered(torch.cat(filled, dim=1), filled[0])
         with full_precision(x):
-            estimate = near_known(known_colours(half), enlarge(picture.float(), 2))
-            full = completed(x, enlarge(estimate, 2))
-        detailed: Tensor = full[0] + self.detail(features, completed(half, estimate), full)
+            seen, full = refined(x, half, picture.float())
+        detailed: Tensor = full[0] + self.detail(features, seen, full)
         return detailed.clamp(0, 1)
 
     def filtered(self, x: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,16 @@ def near_known(known: Tensor, estimate: Tensor) -> Tensor:
     return result
 
 
+def refined(x: Tensor, half: Tensor, picture: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a picture N,3,H/4,W/4 enlarged to half and to full resolution, both as from `completed`.
+
+    At half resolution the known pixels correct it. x and half: the network input N,4,H,W and the same at half
+    resolution.
+    """
+    estimate = near_known(known_colours(half), enlarge(picture, 2))
+    return completed(half, estimate), completed(x, enlarge(estimate, 2))
+
+
 def _box(x: Tensor) -> Tensor:
     """Return zero-padded 3x3 means of N,4,H,W, computed as a convolution, which runtimes execute fast."""
     weight = torch.eye(4, dtype=x.dtype, device=x.device)[:, :, None, None].expand(4, 4, 3, 3) / 9
