@@ -22,7 +22,7 @@ from misf.training.trainer import Batch, Trainer, make_fabric
 
 TINY = NetworkConfig(width=4, prediction_width=4, prediction_convs=1, residual_dilations=(2,))
 ALONE = replace(
-    RECIPES["fidelity"], network=TINY, psnr=0.0, ssim=0.0, teacher=1.0, crop=32, batch=4, steps=60, learning_rate=3e-3
+    RECIPES["fidelity"], network=TINY, psnr=0.0, ssim=0.0, teacher=1.0, crop=32, batch=4, steps=150, learning_rate=1e-2
 )
 
 
@@ -56,7 +56,12 @@ def test_the_student_moves_towards_the_teacher(precision: str, accumulate: int, 
     for _ in range(recipe.steps):
         numbers = trainer.train_step(batches)
     assert numbers.keys() == {"teacher", "total", "gradient"}
-    assert l1_in_hole(trainer.network, teacher, *held_out) < 0.5 * start
+    end, fill = (
+        l1_in_hole(trainer.network, teacher, *held_out),
+        teacher(*held_out)[held_out[1].expand(-1, 3, -1, -1) > 0],
+    )
+    assert end < 0.6 * start
+    assert end < 0.8 * float((fill - fill.median()).abs().mean())  # what a constant colour would reach
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
