@@ -43,14 +43,14 @@ def plan_jobs(
     """
     if not image.is_dir():
         job = _single_job(image, output)
-        return [job if mask is None else replace(job, masks=_MaskIndex(mask).masks(image, job.relative))], []
+        return [job if mask is None else replace(job, masks=MaskIndex(mask).masks(image, job.relative))], []
     folder = output or image.with_name(f"{_real(image).name}_inpainted")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{image} is a folder and the output {folder} is a file: name a folder")
     pictures, skipped = _pictures(image, mask, folder, follow_links)
     if not pictures:
         raise ValueError(f"{image} holds no pictures: expected files that end in one of {' '.join(FORMATS)}")
-    comparisons, index = _comparisons(pictures), None if mask is None else _MaskIndex(mask)
+    comparisons, index = _comparisons(pictures), None if mask is None else MaskIndex(mask)
     return [
         Job(
             image / path,
@@ -100,13 +100,18 @@ def find_mask(job: Job, mask: Path) -> Path:
     if not job.masks:
         folder = mask / job.relative.parent
         raise ValueError(f"no mask for {job.relative}: expected {stem}.* or {stem}_mask*.* in {folder}")
-    if len(job.masks) > 1:
-        names = ", ".join(sorted(path.name for path in job.masks))
-        raise ValueError(f"{len(job.masks)} masks for {job.relative}: {names}; expected one")
-    return job.masks[0]
+    return single_mask(job.masks, job.relative)
 
 
-class _MaskIndex:
+def single_mask(masks: tuple[Path, ...], picture: Path) -> Path:
+    """Return the mask that `MaskIndex` found for a picture; ValueError if it found several."""
+    if len(masks) > 1:
+        names = ", ".join(sorted(path.name for path in masks))
+        raise ValueError(f"{len(masks)} masks for {picture}: {names}; expected one")
+    return masks[0]
+
+
+class MaskIndex:
     """The masks below a folder by the pictures' names; every folder is listed once, however many pictures ask."""
 
     def __init__(self, root: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 from ..plugins.shared.errors import MisfError
 from ..runtime.pictures.geometry import Mask
 from ..runtime.pictures.image_io import read_rgb
+from .damage import DamageMasks, resized_damage
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +173,7 @@ class MaskSource(Protocol):
         ...
 
 
-class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
+class TrainingSamples(Dataset[tuple[Tensor, ...]]):
     """Random crops with masks. `sample(index)` depends only on the seed and the index, which may be any from 0 up.
 
     Every len(self) consecutive indices are an epoch, which shows each picture once in a new order. A picture that
@@ -189,6 +191,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         flip: mirror crops left to right with probability 1/2.
         whole: use the middle square of each picture, resized, instead of random crops, as the official code does.
         shuffle_colors: put the three colour channels in a random order.
+        damage: what is damaged in the pictures.
 
     Raises:
         MisfError: there are no pictures; later, from `sample`, if no picture can be decoded.
@@ -207,6 +210,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         flip: bool = True,
         whole: bool = False,
         shuffle_colors: bool = False,
+        damage: DamageMasks | None = None,
     ) -> None:
         if not len(pictures):
             raise MisfError("no pictures to train with")
@@ -222,44 +226,54 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
         self.flip = flip
         self.whole = whole
         self.shuffle_colors = shuffle_colors
+        self.damage = damage
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return self.sample(index)
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return sample `index`, (image, mask): float32 3,crop,crop RGB in [0,1] and float32 1,crop,crop, 1 = hole."""
-        picture, hole = self.sample_bytes(index)
-        image = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32) / np.float32(255)
-        return torch.from_numpy(image), torch.from_numpy(hole[None].astype(np.float32))
+    def sample(self, index: int) -> tuple[Tensor, ...]:
+        """Return sample `index`, (image, mask): float32 3,crop,crop RGB in [0,1] and float32 1,crop,crop, 1 = hole.
 
-    def sample_bytes(self, index: int) -> tuple[Picture, Mask]:
-        """Return sample `index`, (picture, hole): uint8 crop,crop,3 RGB and bool crop,crop, True = hole."""
+        With `damage`, (image, mask, damaged): what is damaged is part of the hole, and float32 1,crop,crop says where.
+        """
+        picture, *masks = self.sample_bytes(index)
+        image = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32) / np.float32(255)
+        return torch.from_numpy(image), *(torch.from_numpy(mask[None].astype(np.float32)) for mask in masks)
+
+    def sample_bytes(self, index: int) -> tuple[NDArray[Any], ...]:
+        """Return `sample` as uint8 crop,crop,3 RGB and bool crop,crop, True = hole, or damaged."""
         if index < 0:
             raise IndexError(f"sample {index}: expected 0 or more")
         rng = np.random.default_rng([self.seed, 1, index])
-        picture = self._cropped(rng, self._picture(rng, index))
-        return picture, np.ascontiguousarray(self.masks.mask(rng, self.crop, self.crop))
+        picture, *damaged = self._cropped(rng, *self._picture(rng, index))
+        hole = np.ascontiguousarray(self.masks.mask(rng, self.crop, self.crop))
+        return picture, functools.reduce(np.logical_or, damaged, hole), *damaged
 
-    def _picture(self, rng: np.random.Generator, index: int) -> Picture:
+    def _picture(self, rng: np.random.Generator, index: int) -> tuple[NDArray[Any], ...]:
+        """Return the picture of sample `index` and, with `damage`, what is damaged in it."""
         epoch, position = divmod(index, len(self.pictures))
         if self._order[0] != epoch:
             order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.pictures))
             self._order = epoch, order
-        picture = self.pictures.get(int(self._order[1][position]))
+        number = int(self._order[1][position])
+        picture = self.pictures.get(number)
         attempts = 0
         while picture is None:
             attempts += 1
             if attempts > 1000:
                 bad = self.pictures.bad
                 raise MisfError(f"none of {len(bad)} pictures can be decoded, {list(bad)[-1]} for example")
-            picture = self.pictures.get(int(rng.integers(len(self.pictures))))
-        return picture
+            number = int(rng.integers(len(self.pictures)))
+            picture = self.pictures.get(number)
+        if self.damage is None:
+            return (picture,)
+        return picture, self.damage.of(self.pictures.paths[number], picture.shape[:2])
 
-    def _cropped(self, rng: np.random.Generator, picture: Picture) -> Picture:
+    def _cropped(self, rng: np.random.Generator, picture: Picture, *masks: Mask) -> tuple[NDArray[Any], ...]:
         height, width = picture.shape[:2]
         side = min(round(self.crop * rng.uniform(1.0, self.zoom_out)), height, width)
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -267,10 +281,12 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor]]):
             side = min(height, width)
             top, left = (height - side) // 2, (width - side) // 2
         flipped = bool(rng.random() < 0.5) and self.flip
-        square = picture[top : top + side, left : left + side]
+        window = np.s_[top : top + side, left : left + side]
+        square, damaged = picture[window], [mask[window] for mask in masks]
         if side != self.crop:
             resized = Image.fromarray(square).resize((self.crop, self.crop), Image.Resampling.LANCZOS)
             square = np.asarray(resized)
+            damaged = [resized_damage(mask, (self.crop, self.crop)) for mask in damaged]
         if self.shuffle_colors:
             square = square[:, :, rng.permutation(3)]
-        return np.ascontiguousarray(square[:, ::-1] if flipped else square)
+        return tuple(np.ascontiguousarray(each[:, ::-1] if flipped else each) for each in (square, *damaged))

@@ -16,6 +16,16 @@ from .recipe import ADVERSARIAL
 from .vgg19 import PERCEPTUAL_LAYERS, STYLE_LAYERS
 
 
+def without_damage(prediction: Tensor, image: Tensor, mask: Tensor, damaged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the prediction, the picture and the mask for the losses, which then take nothing damaged for the truth.
+
+    Prediction and picture get the predicted pixels there, without gradient: they agree, whatever a loss makes of their
+    surroundings. The mask loses what is damaged. `damaged` is as `mask`, which it is part of.
+    """
+    fill, where = prediction.detach(), damaged > 0.5
+    return torch.where(where, fill, prediction), torch.where(where, fill, image), mask * (1 - damaged)
+
+
 def l1_over_mask(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Return the L1 over all pixels divided by the mask's mean, so that small holes count too, averaged over samples.
 

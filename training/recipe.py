@@ -12,6 +12,8 @@ from .model.config import NetworkConfig
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 ADVERSARIAL = ("nsgan", "lsgan", "hinge")
+TEACHER_WEIGHT = 1.0
+"""Of the loss `teacher`, unless the recipe or the user says otherwise."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "none": {"feature_filter_level": 0, "image_filter": False},
     "image": {"feature_filter_level": 0, "image_filter": True},
@@ -69,6 +71,8 @@ class Recipe:
     feature_matching: float = 0.0
     distance: float = 0.0
     """Logarithm of the feature distance between composite and truth (`efficientnet.py`), averaged over samples."""
+    teacher: float = 0.0
+    """The loss `hole`, of the fill of a trained network in place of the truth."""
     hole_patches: bool = False
     """The discriminator sees composites, and only patches near the hole count as fake."""
     adversarial_from: float = 0.0
@@ -135,6 +139,7 @@ class Recipe:
             "style",
             "feature_matching",
             "distance",
+            "teacher",
         )
         return {name: getattr(self, name) for name in names}
 

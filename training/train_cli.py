@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ..plugins.shared.shipped import ModelFile
 from ..runtime.mask_options import READING, mask_options
 from .model.config import PRESETS
 from .model.options import official_option
-from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, Recipe
+from .recipe import ABLATIONS, ADVERSARIAL, OPTIMIZERS, RECIPES, SCHEDULES, TEACHER_WEIGHT, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .dataset import TrainingSamples
     from .efficientnet import FeatureDistance
     from .model.checkpoint import Checkpoint
+    from .model.network import InpaintingNetwork
     from .resident import ResidentSamples
     from .run_files import RunFolder
     from .vgg19 import Vgg19
@@ -40,8 +41,10 @@ PACE = ("log_every", "save_every", "picture_every")
 """Options that --resume takes from the run, unless they are given again."""
 ANY_TIME = ("output", "resume", "auto_resume", "device", "workers", "stop_after", *PACE)
 """Options that do not change what a run computes, and are therefore allowed with --resume."""
-PATHS = ("data", "val", "init_from", "vgg19")
+PATHS = ("data", "damage", "val", "init_from", "vgg19", "teacher")
 """Options that run.json keeps as absolute paths, or null."""
+ADDED = ("mask_values", "damage", "teacher")
+"""Settings that run.json of older versions lacks: None."""
 PLAIN = ("invert_mask", "mask_threshold", "mask_values", "precision", "resident", "perceptual_backbone")
 """Options that run.json keeps unchanged."""
 STARTED = time.monotonic()
@@ -58,6 +61,11 @@ STARTED = time.monotonic()
 @click.option("--data", type=EXISTING, help="Folder or list of pictures.")
 @click.option("--masks", default="random", show_default=True, help="random, or a folder or list of mask files.")
 @mask_options(READING)
+@click.option(
+    "--damage",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of masks of what is damaged in the pictures of --data, found by their names as misf-run finds masks.",
+)
 @click.option(
     "--val",
     type=EXISTING,
@@ -92,6 +100,12 @@ STARTED = time.monotonic()
     show_default=True,
     help="EfficientNet for the recipe's feature distance: lite0 (extra `looks`), or a file of its weights. "
     "If repeated, the networks take turns.",
+)
+@click.option(
+    "--teacher",
+    type=ModelFile(weights=True),
+    help="Checkpoint whose fills are learned from too, or misf-small; --set teacher=NUMBER weighs that loss.  "
+    f"[default weight: {TEACHER_WEIGHT:g}]",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Number of training steps.  [default: the recipe's]")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples per step, over all processes.")
@@ -172,7 +186,7 @@ def main(output: Path, resume: bool, auto_resume: bool, **options: Any) -> None:
         _refuse_changes()
     resume = resume or (auto_resume and folder.exists)  # on every process before rank 0 can have written anything
     if resume:
-        settings = {"mask_values": None, **folder.read_settings()}  # None in runs of older versions
+        settings = {**dict.fromkeys(ADDED), **folder.read_settings()}
         needed = {"recipe", *PATHS, *PLAIN, "masks", *PACE}
         if lacking := needed - settings.keys():
             raise MisfError(
@@ -215,7 +229,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     recipe = _recipe(options)
     if options["masks"] != "random" and not Path(options["masks"]).exists():
         raise click.UsageError(f"--masks {options['masks']}: expected random, or a folder or list of mask files")
-    if options["masks"] == "random" and (options["invert_mask"] or options["mask_values"]):
+    files = options["masks"] != "random" or options["damage"]
+    if not files and (options["invert_mask"] or options["mask_values"]):
         raise click.UsageError("--invert-mask and --mask-value are for mask files: give --masks FOLDER")
     return {
         "recipe": json.loads(recipe.to_json()),
@@ -263,10 +278,22 @@ def _recipe(options: dict[str, Any]) -> Recipe:
             f"{recipe.learning_rate:g}: give --learning-rate too (muon about 4e-3, adamw about 1e-4)"
         )
     chosen |= _numbers(options["changes"])
+    chosen["teacher"] = _teacher_weight(options["teacher"], recipe, chosen.get("teacher"))
     recipe = replace(recipe, network=network, **chosen)
     if options["vgg19"] and not recipe.needs_vgg:
         raise click.UsageError("the recipe does not use VGG-19 features: leave out --vgg19")
     return recipe
+
+
+def _teacher_weight(teacher: Path | None, recipe: Recipe, chosen: float | None) -> float:
+    """Return the weight of the loss `teacher`: the one `chosen` by --set, the recipe's, or the default."""
+    if teacher is None:
+        if chosen:
+            raise click.UsageError(f"--set teacher={chosen:g} is the weight of a teacher's fills: give --teacher")
+        return 0.0  # also where the weights of --init-from were trained with a teacher
+    if chosen == 0:
+        raise click.UsageError("--set teacher=0 leaves nothing to learn from --teacher: leave one of them out")
+    return chosen or recipe.teacher or TEACHER_WEIGHT
 
 
 def _base_recipe(name: str | None, start: Checkpoint | None) -> Recipe:
@@ -324,6 +351,7 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
         vgg=_vgg(settings, recipe),
         distances=_feature_distances(settings, recipe),
         weights=_weights(settings),
+        teacher=_teacher(settings),
     )
     cases = _cases(settings, fabric.device) if fabric.is_global_zero else None
     if isinstance(samples, TrainingSamples):
@@ -373,18 +401,27 @@ def _run(folder: RunFolder, settings: dict[str, Any], options: dict[str, Any], r
 
 def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int) -> TrainingSamples | ResidentSamples:
     from ..runtime.pictures.masks import MaskSettings
+    from .damage import DamageMasks
     from .dataset import MaskSource, Pictures, TrainingSamples, picture_paths
     from .mask_drawing import MaskFolder, RandomMasks
 
     masks: MaskSource = RandomMasks()
+    values = settings["mask_values"]
+    reading = MaskSettings(
+        settings["mask_threshold"], settings["invert_mask"], values=None if values is None else tuple(values)
+    )
     if settings["masks"] != "random":
-        values = settings["mask_values"]
-        reading = MaskSettings(
-            settings["mask_threshold"], settings["invert_mask"], values=None if values is None else tuple(values)
-        )
         masks = MaskFolder(picture_paths(settings["masks"]), reading)
-    pictures = Pictures(picture_paths(settings["data"]))
+    paths: Sequence[Path] = picture_paths(settings["data"])
+    damage = None
+    if settings["damage"]:
+        source = Path(settings["data"])
+        damage = DamageMasks(paths, source if source.is_dir() else source.parent, Path(settings["damage"]), reading)
+        paths = damage.pictures
+    pictures = Pictures(paths)
     pictures.preload()
+    if damage is not None:
+        damage.check(pictures)
     if settings["resident"]:
         from .resident import ResidentSamples
 
@@ -398,6 +435,7 @@ def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int
             shuffle_colors=recipe.shuffle_colors,
             device=device,
             workers=workers,
+            damage=damage,
         )
     return TrainingSamples(
         pictures,
@@ -407,6 +445,7 @@ def _samples(settings: dict[str, Any], recipe: Recipe, device: Any, workers: int
         zoom_out=recipe.zoom_out,
         whole=recipe.whole,
         shuffle_colors=recipe.shuffle_colors,
+        damage=damage,
     )
 
 
@@ -429,6 +468,14 @@ def _feature_distances(settings: dict[str, Any], recipe: Recipe) -> list[Feature
     return found
 
 
+def _teacher(settings: dict[str, Any]) -> InpaintingNetwork | None:
+    if not settings["teacher"]:
+        return None
+    from .model.checkpoint import load_model
+
+    return load_model(settings["teacher"])
+
+
 def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:
     if not settings["init_from"]:
         return None
@@ -437,7 +484,7 @@ def _weights(settings: dict[str, Any]) -> dict[str, Tensor] | None:
     return load_checkpoint(settings["init_from"]).weights
 
 
-def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]] | None:
+def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, ...]] | None:
     """Return up to 8 validation pictures per mask band, cropped to 256x256; the choice is always the same."""
     if not settings["val"]:
         return None
@@ -446,7 +493,7 @@ def _cases(settings: dict[str, Any], device: Any) -> list[tuple[Tensor, Tensor]]
     from .dataset import Pictures, picture_paths
     from .judging.evaluate import cases
 
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     for case in cases(Pictures(picture_paths(settings["val"])), size=256, seed=0, per_band=8):
         image = torch.from_numpy(case.truth.transpose(2, 0, 1).copy()).float().div_(255)
         mask = torch.from_numpy(case.hole.astype("float32"))

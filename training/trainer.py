@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -37,8 +37,26 @@ from .vgg19 import VGG19_SOURCE, Vgg19
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+"""Image and mask; with damage masks, also what is damaged: see `TrainingSamples.sample`."""
 Numbers = dict[str, Tensor]
+
+
+class Compared(NamedTuple):
+    """What the losses compare: float32 N,3,H,W and masks N,1,H,W."""
+
+    prediction: Tensor
+    image: Tensor
+    mask: Tensor
+    """What the network had to fill."""
+    hole: Tensor
+    """The part of `mask` whose truth is known: all of it but for damage."""
+    damaged: Tensor | None
+
+    @property
+    def composite(self) -> Tensor:
+        """The finished picture N,3,H,W."""
+        return composite(self.image, self.prediction, self.hole)
 
 
 def make_fabric(device: str = "auto", precision: str = "32-true") -> Fabric:
@@ -131,9 +149,12 @@ class Trainer:
         vgg: frozen VGG-19; required if the recipe compares its features.
         distances: feature distances, of which each step uses the next one; required if the recipe uses them.
         weights: the generator's initial state dict, perhaps of another network (`take_weights`); random by default.
+        teacher: a trained network of any config, frozen, in eval mode (`load_model`); required if the recipe has the
+            loss of that name.
 
     Raises:
-        MisfError: the recipe needs `vgg` or `distances`, or its schedule does not work with several processes.
+        MisfError: the recipe needs `vgg`, `distances` or `teacher`, or its schedule does not work with several
+            processes.
 
     """
 
@@ -145,6 +166,7 @@ class Trainer:
         vgg: Vgg19 | None = None,
         distances: Sequence[FeatureDistance] = (),
         weights: dict[str, Tensor] | None = None,
+        teacher: InpaintingNetwork | None = None,
     ) -> None:
         if config.needs_vgg and vgg is None:
             raise MisfError(f"the recipe compares VGG-19 features: give {VGG19_SOURCE} with --vgg19")
@@ -152,6 +174,8 @@ class Trainer:
             raise MisfError("a schedule by the clock (seconds) works with one process only: give --steps instead")
         if config.distance and not distances:
             raise MisfError("the recipe uses a feature distance: give --perceptual-backbone")
+        if config.teacher and teacher is None:
+            raise MisfError("the recipe learns from the fills of a trained network: give --teacher")
         self.config, self.fabric, self.step = config, fabric, 0
         self.elapsed_s = 0.0
         # On CPUs channels-last makes the wide convolutions' backward slower (AVX2) or gains nothing (AVX-512).
@@ -170,6 +194,7 @@ class Trainer:
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.distances = [fabric.to_device(each.to(memory_format=self.layout)) for each in distances]  # type: ignore[call-overload]
+        self.teacher = None if teacher is None else fabric.to_device(teacher.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
         self.discriminator_optimizer: Any = None
         if config.adversarial:
@@ -186,22 +211,22 @@ class Trainer:
         """
         if self.fabric.world_size == 1 or not torch.distributed.is_initialized():
             return
-        del self.generator, self.network, self.average, self.optimizers, self.vgg, self.distances
+        del self.generator, self.network, self.average, self.optimizers, self.vgg, self.distances, self.teacher
         del self.discriminator, self.discriminator_optimizer
         gc.collect()
         self.fabric.barrier()
         torch.distributed.destroy_process_group()
 
     def batches(self, samples: TrainingSamples | ResidentSamples, workers: int = 0) -> Iterator[Batch]:
-        """Yield this process's part of every batch from the current step on, one (image, mask) per accumulated pass.
+        """Yield this process's part of every batch from the current step on, one for each accumulated pass.
 
-        Shapes and ranges are those of `TrainingSamples.sample`, with N in front, on the trainer's device.
+        Contents, shapes and ranges are those of `TrainingSamples.sample`, with N in front, on the trainer's device.
         """
         sampler = StepSampler(self.config, self.step, self.fabric.global_rank, self.fabric.world_size)
         if isinstance(samples, ResidentSamples):
             passes, world = self.step * self.config.accumulate, self.fabric.world_size
-            for image, mask in samples.batches(passes * world + self.fabric.global_rank, sampler.part, world):
-                yield image.contiguous(memory_format=self.layout), mask
+            for image, *masks in samples.batches(passes * world + self.fabric.global_rank, sampler.part, world):
+                yield image.contiguous(memory_format=self.layout), *masks
             return
         loader = DataLoader(
             samples,
@@ -211,9 +236,9 @@ class Trainer:
             pin_memory=self.fabric.device.type == "cuda",
             generator=torch.Generator(),  # the loader must not draw from the run's generator
         )
-        for image, mask in loader:
+        for image, *masks in loader:
             image = image.to(self.fabric.device, memory_format=self.layout, non_blocking=True)
-            yield image, mask.to(self.fabric.device, non_blocking=True)
+            yield image, *(mask.to(self.fabric.device, non_blocking=True) for mask in masks)
 
     def train_step(self, batches: Iterator[Batch]) -> Numbers:
         """Train both networks for one step on the next `accumulate` batches; return the losses by name.
@@ -254,68 +279,76 @@ class Trainer:
         if self.discriminator is not None:
             yield self.discriminator_optimizer, self.config.discriminator_rate
 
-    def _pass(self, image: Tensor, mask: Tensor, *, last: bool) -> Numbers:
+    def _pass(self, image: Tensor, mask: Tensor, damaged: Tensor | None = None, *, last: bool) -> Numbers:
         """Accumulate one batch's gradients in both networks; the generator runs once, the discriminator twice."""
         share = 1 / self.config.accumulate
         with self._no_sync(self.generator, not last):
-            prediction = self.generator(image, mask)
+            prediction = self.generator(image, mask).float()
+            compared = Compared(prediction, image, mask, mask, None)
+            if damaged is not None:
+                seen, truth, hole = losses.without_damage(prediction, image, mask, damaged)
+                compared = Compared(seen, truth, mask, hole, damaged)
             found: Numbers = {}
             real_features = None
             if self._judging:
-                found["discriminator"], real_features = self._judge(prediction.detach(), image, mask, share, last)
-            terms = self._generator_terms(prediction, image, mask, real_features)
+                found["discriminator"], real_features = self._judge(compared, share, last)
+            terms = self._generator_terms(compared, real_features)
+            if self.teacher is not None:
+                terms["teacher"] = self._teacher_loss(prediction, image, mask)
             weights = self.config.weights
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
             self.fabric.backward(total * share)
         return {**found, **terms, "total": total}
 
-    def _judge(
-        self, fake: Tensor, image: Tensor, mask: Tensor, share: float, last: bool
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _judge(self, compared: Compared, share: float, last: bool) -> tuple[Tensor, list[Tensor]]:
         """Accumulate the discriminator's gradients, real and fake in one batch; return its loss and real features."""
         with self._no_sync(self.discriminator, not last):
-            scores, features = self.discriminator(torch.cat([image, self._judged(fake, image, mask)]))
+            scores, features = self.discriminator(torch.cat([compared.image, self._judged(compared).detach()]))
             of_image, of_fake = scores.chunk(2)
-            kind, where = self.config.adversarial_kind, self._patches(of_fake, mask)
-            loss = losses.adversarial_loss(of_image, True, kind)
-            loss = loss + losses.adversarial_loss(of_fake, False, kind, where=where)
+            kind = self.config.adversarial_kind
+            of_real, of_false = self._patches(of_fake, compared)
+            loss = losses.adversarial_loss(of_image, True, kind, where=of_real)
+            loss = loss + losses.adversarial_loss(of_fake, False, kind, where=of_false)
             self.fabric.backward(loss / 2 * share)
         return loss / 2, [layer.chunk(2)[0].detach() for layer in features]
 
-    def _judged(self, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    def _judged(self, compared: Compared) -> Tensor:
         """Return the discriminator's input: the composite or, without `hole_patches`, the whole prediction."""
-        return composite(image, prediction, mask) if self.config.hole_patches else prediction
+        return compared.composite if self.config.hole_patches else compared.prediction
 
-    def _patches(self, scores: Tensor, mask: Tensor) -> Tensor | None:
-        """Return the weights (0 or 1) of a prediction's scores; None if all of them count."""
-        return losses.touched_patches(mask, scores.shape[2:]) if self.config.hole_patches else None  # type: ignore[arg-type]
+    def _patches(self, scores: Tensor, compared: Compared) -> tuple[Tensor | None, Tensor | None]:
+        """Return the weights (0 or 1) of a true picture's scores and of a prediction's; None where all of them count.
 
-    def _generator_terms(
-        self,
-        prediction: Tensor,
-        image: Tensor,
-        mask: Tensor,
-        real_features: list[Tensor] | None,
-    ) -> Numbers:
+        Patches near damage count in neither.
+        """
+        of_real = of_false = None
+        size: tuple[int, int] = scores.shape[2:]  # type: ignore[assignment]
+        if compared.damaged is not None:
+            of_real = of_false = 1 - losses.touched_patches(compared.damaged, size)
+        if self.config.hole_patches:
+            touched = losses.touched_patches(compared.hole, size)
+            of_false = touched if of_real is None else touched * of_real
+        return of_real, of_false
+
+    def _generator_terms(self, compared: Compared, real_features: list[Tensor] | None) -> Numbers:
         """Return the generator's losses by name, unweighted, in float32; only networks run in lower precision."""
         config, terms = self.config, {}
-        prediction = prediction.float()
+        prediction, image, mask, hole, _ = compared
         if config.l1:
+            # By all of `mask`: `hole` may be nearly empty, and its sample's known pixels would outweigh all others.
             terms["l1"] = losses.l1_over_mask(prediction, image, mask)
         if config.hole:
-            terms["hole"] = losses.hole_loss(
-                prediction, image, mask, squared=config.hole_squared, coarse=config.hole_coarse
-            )
+            terms["hole"] = self._hole_loss(prediction, image, hole)
         if config.psnr:
-            terms["psnr"] = losses.psnr_loss(prediction, image, mask)
+            terms["psnr"] = losses.psnr_loss(prediction, image, hole)
         if config.ssim:
-            terms["ssim"] = losses.ssim_loss(prediction, image, mask)
+            terms["ssim"] = losses.ssim_loss(prediction, image, hole)
         if config.known:
             terms["known"] = losses.known_loss(prediction, image, mask)
         if real_features is not None:
-            terms |= self._passing_for_real(prediction, image, mask, real_features)
+            terms |= self._passing_for_real(compared, real_features)
         if self.distances:
-            terms["distance"] = losses.feature_distance_loss(self._distance(image, composite(image, prediction, mask)))
+            terms["distance"] = losses.feature_distance_loss(self._distance(image, compared.composite))
         if self.vgg is not None:
             with self.fabric.autocast():
                 with torch.no_grad():
@@ -324,6 +357,19 @@ class Trainer:
             terms["perceptual"] = losses.perceptual_loss(of_prediction, of_image)
             terms["style"] = losses.style_loss(of_prediction, of_image)
         return terms
+
+    def _hole_loss(self, prediction: Tensor, target: Tensor, hole: Tensor) -> Tensor:
+        config = self.config
+        return losses.hole_loss(prediction, target, hole, squared=config.hole_squared, coarse=config.hole_coarse)
+
+    def _teacher_loss(self, prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+        """Return the loss from the teacher's fill of all that the network had to fill.
+
+        What is damaged counts too: the teacher does not see it either.
+        """
+        with torch.no_grad(), self.fabric.autocast():
+            target = self.teacher(image, mask)
+        return self._hole_loss(prediction, target.float(), mask)
 
     def _distance(self, image: Tensor, result: Tensor) -> Tensor:
         """Return the feature distance of each pair, N, by the next of the networks.
@@ -338,9 +384,7 @@ class Trainer:
             )
         return found
 
-    def _passing_for_real(
-        self, prediction: Tensor, image: Tensor, mask: Tensor, real_features: list[Tensor]
-    ) -> Numbers:
+    def _passing_for_real(self, compared: Compared, real_features: list[Tensor]) -> Numbers:
         """Return the generator's losses from the discriminator; gradients reach the prediction only.
 
         This calls the bare module, because DDP's wrapper would wait for gradients, in eval mode, in which spectral norm
@@ -349,9 +393,9 @@ class Trainer:
         judge = self.discriminator.module
         judge.eval().requires_grad_(False)
         with self.fabric.autocast():
-            scores, features = judge(self._judged(prediction, image, mask))
+            scores, features = judge(self._judged(compared))
         judge.train().requires_grad_(True)
-        kind, where = self.config.adversarial_kind, self._patches(scores, mask)
+        kind, (_, where) = self.config.adversarial_kind, self._patches(scores, compared)
         terms = {"adversarial": losses.adversarial_loss(scores, True, kind, for_generator=True, where=where)}
         if self.config.feature_matching:
             terms["feature_matching"] = losses.feature_matching_loss(features, real_features)
@@ -499,7 +543,7 @@ def train(
                 book.numbers(step, {"val_psnr_db": psnr_db})
             trainer.save(folder)
         if book is not None and (step % picture_every == 0 or last):
-            image, mask = shown
+            image, mask = shown[:2]
             book.pictures(step, [torch.where(mask > 0.5, 1.0, image), trainer.filled(image, mask), image])
         progress(step, text)
     if book is not None:
@@ -510,8 +554,7 @@ def train(
 def _stacked(samples: TrainingSamples | ResidentSamples, count: int) -> Batch:
     if isinstance(samples, ResidentSamples):
         return samples.batch(0, count)
-    pairs = [samples.sample(index) for index in range(count)]
-    return torch.stack([image for image, _ in pairs]), torch.stack([mask for _, mask in pairs])
+    return tuple(map(torch.stack, zip(*(samples.sample(index) for index in range(count)), strict=True)))
 
 
 def _read(fabric: Fabric, numbers: Numbers) -> dict[str, float]:
