@@ -367,6 +367,7 @@ class Trainer:
 
         What is damaged counts too: the teacher does not see it either.
         """
+        assert self.teacher is not None
         with torch.no_grad(), self.fabric.autocast():
             target = self.teacher(image, mask)
         return self._hole_loss(prediction, target.float(), mask)

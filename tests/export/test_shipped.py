@@ -60,6 +60,20 @@ main(["misf-small", {str(PICTURE)!r}, {str(MASK)!r}, "-o", "filled.png", "--back
     assert np.abs(after[hole].astype(float) - before[hole]).mean() < 30  # 64 for the known pixels' mean colour
 
 
+@pytest.mark.parametrize("noise", [0, 25], ids=["flat", "noisy"])
+def test_fills_have_the_colours_of_their_surroundings(noise: int) -> None:
+    """Within 4 of 255 on average, in large holes too, and in flat pictures nearly flat: without a cast or a pattern."""
+    rng = np.random.default_rng(0)
+    inpaint = Inpainter("misf-small", backend="onnxruntime")
+    mask = np.zeros((320, 320), np.uint8)
+    mask[60:250, 80:280] = mask[10:40, 20:300] = 255
+    for colour in ((0, 0, 0), (128, 128, 128), (255, 255, 255), (200, 60, 40), (30, 120, 220), (20, 60, 30)):
+        picture = np.clip(rng.normal(colour, noise, (320, 320, 3)), 0, 255).round().astype(np.uint8)
+        fill = inpaint(picture, mask)[mask > 0].astype(float)
+        assert np.abs(fill.mean(axis=0) - picture[mask == 0].mean(axis=0)).max() < 4, colour
+        assert fill.std(axis=0).max() < max(noise, 6), colour
+
+
 def test_the_api_takes_the_name_and_the_networks_working_size(tiny_onnx: Path) -> None:
     assert Inpainter("misf-small", backend="onnxruntime").settings.working_size == 512
     assert Inpainter(tiny_onnx, backend="onnxruntime").settings.working_size == 256
