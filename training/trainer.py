@@ -194,7 +194,9 @@ class Trainer:
         self.optimizers = [(optimizer, share) for optimizer, (_, share) in zip(wrapped, optimizers, strict=True)]
         self.vgg = None if vgg is None else fabric.to_device(vgg.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.distances = [fabric.to_device(each.to(memory_format=self.layout)) for each in distances]  # type: ignore[call-overload]
-        self.teacher = None if teacher is None else fabric.to_device(teacher.to(memory_format=self.layout))  # type: ignore[call-overload]
+        self.teacher: Any = None
+        if teacher is not None:
+            self.teacher = fabric.to_device(teacher.to(memory_format=self.layout))  # type: ignore[call-overload]
         self.discriminator: Any = None
         self.discriminator_optimizer: Any = None
         if config.adversarial:
