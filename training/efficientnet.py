@@ -31,7 +31,7 @@ _SIZES = {
     "lite2": ((16, 24, 48, 88, 120, 208, 352), (1, 3, 3, 4, 4, 5, 1)),
 }
 _NORM = ("weight", "bias", "running_mean", "running_var")
-_COMPARED = (0, 1, 2, 4, 5)  # the last stage at each resolution: 1/2 to 1/32
+_COMPARED = (1, 2, 4, 5)  # the last stage at each resolution: 1/4 to 1/32
 
 
 class _Block(nn.Module):
@@ -63,9 +63,11 @@ def _same(x: Tensor, conv: nn.Conv2d) -> Tensor:
 class FeatureDistance(nn.Module):
     """The distance of two pictures: (truth, result) N,3,H,W in [0,1], at least 32 pixels a side -> float32 N.
 
-    At five resolutions the features of every pixel are normalised to length 1; their squared differences are summed
-    over channels and resolutions and averaged over pixels (LPIPS, arXiv 1801.03924, equation 1, with equal weights for
-    all channels). Equal pictures have distance 0. The weights are frozen.
+    At four resolutions, 1/4 to 1/32, the features of every pixel are normalised to length 1; their squared differences
+    are summed over channels and resolutions and averaged over pixels (LPIPS, arXiv 1801.03924, equation 1, with equal
+    weights for all channels). The features at 1/2 are left out, as LPIPS with AlexNet begins at 1/4: they are nearly
+    pixels, and prefer a fill without texture to any texture that is not exactly the truth's. Equal pictures have
+    distance 0. The weights are frozen.
     """
 
     def __init__(self, variant: str) -> None:

@@ -63,7 +63,7 @@ def random_weights(blocks: Blocks, seed: int = 0) -> dict[str, Tensor]:
 
 
 def reference_features(state: dict[str, Tensor], blocks: Blocks, x: Tensor) -> list[Tensor]:
-    """Return the features of the last block at each resolution, with separate convolutions and batch norms.
+    """Return the last features at each resolution from 1/4 on, with separate convolutions and batch norms.
 
     The padding is TensorFlow's SAME.
     """
@@ -88,7 +88,7 @@ def reference_features(state: dict[str, Tensor], blocks: Blocks, x: Tensor) -> l
         x = x + y if stride == 1 and inputs == outputs else y
         if number + 1 == len(blocks) or blocks[number + 1][1] == 2:
             found.append(x)
-    return found
+    return found[1:]
 
 
 def reference_distance(state: dict[str, Tensor], blocks: Blocks, truth: Tensor, result: Tensor) -> np.ndarray:
