@@ -8,6 +8,7 @@ the latter, which may be published.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from importlib.metadata import version
@@ -114,21 +115,21 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def grid(methods: list[Method], seed: int) -> Image.Image:
-    """Return a grid of the publishable photographs: a row each with the hole, the methods' results and the truth.
+    """Return a grid of the publishable photographs in every band: the hole, the methods' results and the truth.
 
     The methods' measurements do not change.
     """
+    rows = list(itertools.product(zip(SHOWN, _skimage_files(), strict=True), BANDS))
     columns = ["hole", *(method.name for method in reversed(methods)), "truth"]
     step = SIZE + GAP
-    sheet = Image.new("RGB", (len(columns) * step - GAP, HEAD + len(SHOWN) * step - GAP), "white")
+    sheet = Image.new("RGB", (len(columns) * step - GAP, HEAD + len(rows) * step - GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(columns):
         draw.text((column * step + SIZE / 2, HEAD / 2), title, "black", ImageFont.load_default(16), anchor="mm")
-    for row, (name, path) in enumerate(zip(SHOWN, _skimage_files(), strict=True)):
+    for row, ((name, path), band) in enumerate(rows):
         picture = Pictures([path], short_side=SIZE).get(0)
         if picture is None:
             raise ValueError(f"scikit-image's {name} cannot be read")
-        band = BANDS[(row + 1) % len(BANDS)]
         hole = random_mask(np.random.default_rng([seed, row]), SIZE, SIZE, band)
         case = Case(name, band_name(band), centre_crop(picture, SIZE), hole)
         filled = [Method(method.name, method.fill).measure(case) for method in reversed(methods)]

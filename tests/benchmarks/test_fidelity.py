@@ -50,9 +50,9 @@ def test_table_and_grid(fidelity: ModuleType, tiny_checkpoint: Path, tmp_path: P
         assert f"| {method['bands']['20-40%']['psnr_db']:.2f} | {method['bands']['20-40%']['ssim']:.4f} |" in row
     assert str(tmp_path) not in json.dumps(report) + text
     sheet = np.asarray(Image.open(tmp_path / "out" / "fidelity.jpg"), float)
-    assert sheet.shape == (26 + 4 * 262 - 6, 4 * 262 - 6, 3)
+    assert sheet.shape == (26 + 12 * 262 - 6, 4 * 262 - 6, 3)
     photograph = Image.fromarray(skimage.data.astronaut()).resize((256, 256), Image.Resampling.LANCZOS)
-    hole, telea, ours, truth = (sheet[26:282, 262 * column : 262 * column + 256] for column in range(4))
+    hole, telea, ours, truth = (sheet[288:544, 262 * column : 262 * column + 256] for column in range(4))
     assert np.abs(truth - np.asarray(photograph)).mean() < 2  # JPEG
     hidden = (hole > 250).all(axis=2)
     assert 0.15 < hidden.mean() < 0.6
