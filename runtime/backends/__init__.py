@@ -118,8 +118,8 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 def _is_light(path: Path) -> bool:
     """Return whether an ONNX file's network adds detail to a smooth fill, as misf-small does.
 
-    Such a network is mostly pooling and resizing, where OpenVINO took 1.4 to 2 times as long as ONNX Runtime (512x512
-    and 256x256, two cores with AVX-512); networks of the published kind are mostly convolutions.
+    Such a network has so little to compute in each layer that ONNX Runtime was faster on two cores with AVX-512: OpenVINO
+    took 1.2 times as long (512x512 and 256x256); networks of the published kind are mostly large convolutions.
     """
     try:
         import onnx
