@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains misf-small by the recipe `looks` on a GPU that is lent for minutes, in one call or several:
+# Trains misf-small on from its weights, by the recipe `looks`, on a GPU that is lent for minutes, in one call or several:
 #
 #   benchmarks/gpu_train.sh DATA OUT SECONDS [TOTAL]
 #
@@ -43,7 +43,8 @@ if [ ! -e "$run/state.pt" ] && [ -d "$data/state" ]; then
 import json, pathlib, sys
 data, backbone = pathlib.Path(sys.argv[1]), sys.argv[2]
 settings = json.loads((data / "state/run.json").read_text())
-settings |= {"data": str(data / "train"), "perceptual_backbone": backbone}  # another machine's paths
+settings |= {"data": str(data / "train"), "perceptual_backbone": [backbone]}  # another machine's paths
+settings["init_from"] = None  # the state has the weights
 settings["val"] = settings["val"] and str(data / "val")
 print(json.dumps(settings))
 EOF
@@ -52,7 +53,7 @@ pace=(--workers 15 --log-every 100 --save-every 2000 --picture-every 1000000)
 if [ -e "$run/state.pt" ]; then
     how=(--resume "${pace[@]}")
 else
-    how=("${pace[@]}" --data "$data/train" --config misf-small --recipe looks --precision bf16 --resident 16384
+    how=("${pace[@]}" --data "$data/train" --init-from misf-small --recipe looks --precision bf16 --resident 16384
         --perceptual-backbone "$backbone"
         --batch 64 --steps 1000000 --set seconds="$total")
     [ -d "$data/val" ] && how+=(--val "$data/val")
