@@ -443,9 +443,9 @@ def test_auto_takes_what_is_installed_and_says_so(
         open_backend(checkpoint)
 
 
-@pytest.mark.parametrize(("config", "name"), [({"fill_first": True}, "onnxruntime"), ({}, "openvino")])
+@pytest.mark.parametrize(("config", "name"), [({"detail": 16}, "onnxruntime"), ({}, "openvino")])
 def test_auto_takes_onnx_runtime_for_networks_like_misf_small(
-    config: dict[str, bool], name: str, tmp_path: Path
+    config: dict[str, int], name: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
     path = mean_fill(tmp_path / "x.onnx", metadata={"misf.config": json.dumps(config), "misf.precision": "fp32"})
