@@ -20,8 +20,9 @@ _PREFIX = ".misf-"
 def written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `target`, with the same suffix; move it to `target` when the block succeeds.
 
-    When the block fails, the temporary file is removed and an existing target stays as it was. Symbolic links are
-    followed, and the mode of an existing file is kept.
+    When the block fails, the temporary file is removed and an existing target stays as it was. A process that is killed
+    by SIGKILL may leave a temporary file, which is hidden. Symbolic links are followed, and the mode of an existing
+    file is kept.
 
     Raises:
         OSError: the target cannot be written (no such folder, read-only, disk full) or is not a regular file; the

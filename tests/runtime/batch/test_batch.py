@@ -60,7 +60,9 @@ def call(command: tuple[str, ...], root: Path, output: str, *more: str, **option
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return what is in the files of a folder, without the hidden ones that a killed process may leave."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".misf-"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def records(report: Path) -> list[dict[str, Any]]:
