@@ -118,8 +118,8 @@ def _open_onnx(path: Path, backend: str, device: str, precision: str, threads: i
 def _is_light(path: Path) -> bool:
     """Return whether an ONNX file's network adds detail to a smooth fill, as misf-small does.
 
-    Such a network has so little to compute in each layer that ONNX Runtime was faster on two cores with AVX-512: OpenVINO
-    took 1.2 times as long (512x512 and 256x256); networks of the published kind are mostly large convolutions.
+    Such a network has little to compute in each layer, and ONNX Runtime was faster: OpenVINO took 1.2 times as long
+    (512x512 and 256x256, two cores with AVX-512). Networks of the published kind are mostly large convolutions.
     """
     try:
         import onnx
