@@ -240,4 +240,4 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """`paper`: for Places2 or CelebA, takes days on a GPU. `fidelity`: PSNR and SSIM without a discriminator.
-`looks`: weaker PSNR and SSIM losses plus a discriminator, for sharp fills."""
+`looks`: a feature distance, a discriminator, and weaker PSNR and SSIM losses, for fills with texture."""

@@ -27,7 +27,7 @@ from . import losses
 from .dataset import TrainingSamples
 from .discriminator import PatchDiscriminator
 from .efficientnet import FeatureDistance
-from .model.checkpoint import save_checkpoint
+from .model.checkpoint import save_checkpoint, take_weights
 from .model.network import InpaintingNetwork, composite, initialize
 from .optimizers import make_optimizers
 from .recipe import Recipe
@@ -100,22 +100,6 @@ def computes_bf16() -> bool:
     """
     has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of PyTorch
     return not has or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
-
-
-def take_weights(network: InpaintingNetwork, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights that fit `network` by name and shape, and log which layers keep the values they have.
-
-    Raises:
-        MisfError: no weight fits.
-
-    """
-    state = network.state_dict()
-    fitting = {name: value for name, value in weights.items() if name in state and value.shape == state[name].shape}
-    if not fitting:
-        raise MisfError("none of the weights of --init-from fits the network of --config")
-    network.load_state_dict(fitting, strict=False)
-    if missing := sorted({name.rpartition(".")[0] for name in state.keys() - fitting.keys()}):
-        log.info("%d of %d weights taken from --init-from; new: %s", len(fitting), len(state), ", ".join(missing))
 
 
 class StepSampler(Sampler[int]):

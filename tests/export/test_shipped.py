@@ -93,3 +93,8 @@ def test_exports_of_a_shipped_network_go_to_the_working_folder(tmp_path: Path, m
     monkeypatch.setattr(export_cli, "_export", lambda *arguments: written.append(arguments[2]) or sys.exit(7))
     assert CliRunner().invoke(export_cli.main, ["--checkpoint", "misf-small", "--fp16"]).exit_code == 7
     assert [path.resolve() for path in written] == [tmp_path / "misf-small_fp16.onnx"]
+
+
+def test_nothing_is_resized_to_the_size_that_it_has(tiny_onnx: Path) -> None:
+    """The taps' decoder enlarges twice; its third stage is at one resolution."""
+    assert [node.op_type for node in onnx.load(tiny_onnx).graph.node].count("Resize") == 2

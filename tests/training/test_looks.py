@@ -21,12 +21,12 @@ from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
 from misf.training.judging.eval_cli import main as eval_main
 from misf.training.mask_drawing import RandomMasks
-from misf.training.model.checkpoint import load_checkpoint, save_checkpoint
+from misf.training.model.checkpoint import load_checkpoint, save_checkpoint, take_weights
 from misf.training.model.network import InpaintingNetwork, composite
 from misf.training.recipe import RECIPES, Recipe
 from misf.training.resident import ResidentSamples
 from misf.training.train_cli import main
-from misf.training.trainer import Trainer, make_fabric, take_weights
+from misf.training.trainer import Trainer, make_fabric
 
 from .efficientnet_lite import LITE0, LITE2, Blocks, random_weights, reference_distance, reference_features
 

@@ -68,6 +68,22 @@ def build_model(checkpoint: Checkpoint) -> InpaintingNetwork:
     return network.eval().requires_grad_(False)
 
 
+def take_weights(network: InpaintingNetwork, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights that fit `network` by name and shape, and log which layers keep the values they have.
+
+    Raises:
+        MisfError: no weight fits.
+
+    """
+    state = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in state and value.shape == state[name].shape}
+    if not fitting:
+        raise MisfError("none of the weights of --init-from fits the network of --config")
+    network.load_state_dict(fitting, strict=False)
+    if missing := sorted({name.rpartition(".")[0] for name in state.keys() - fitting.keys()}):
+        log.info("%d of %d weights taken from --init-from; new: %s", len(fitting), len(state), ", ".join(missing))
+
+
 def load_checkpoint(path: str | os.PathLike[str], *, config: NetworkConfig | None = None) -> Checkpoint:
     """Return the contents of a checkpoint file, with all names and shapes checked.
 

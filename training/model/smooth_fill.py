@@ -1,4 +1,4 @@
-"""The classical fill that misf-small's layers start from: smooth in the hole, and near its edges close to them.
+"""The classical fill that misf-small's layers start from: smooth in the hole, and close to its edge like the edge.
 
 It has no trained weights, and becomes part of the exported graph.
 """
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 def enlarge(x: Tensor, factor: int) -> Tensor:
     """Return x N,C,H,W enlarged to N,C,H*factor,W*factor, bilinearly."""
+    if factor == 1:
+        return x
     return F.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
 
 
