@@ -384,12 +384,12 @@ def test_requests_of_one_size_share_runs_and_each_gets_its_own_answer(model: Pat
 def test_a_deadline_ends_a_request_and_the_next_one_is_served(model: Path, picture: Any) -> None:
     inpainter, gate = gated(model)
     files = {"image": png(picture), "mask": png(HOLE)}
-    with serving(model, inpainter, timeout=0.5) as client:
+    with serving(model, inpainter, timeout=3) as client:  # a busy machine may need a second for the body
         gate.gate.clear()
         started = time.monotonic()
         answer = client.post("/inpaint", files=files)
-        is_failure(answer, 503, "not finished within 0.5 s")
-        assert time.monotonic() - started < 5
+        is_failure(answer, 503, "not finished within 3 s")
+        assert time.monotonic() - started < 30
         assert "retry-after" in answer.headers
         gate.gate.set()
         until(lambda: client.post("/inpaint", files=files).status_code == 200)
