@@ -254,10 +254,10 @@ def test_damage_that_points_at_itself_takes_no_time(tmp_path: Path) -> None:
     for exif in (loops, starts, large, nested):
         Image.fromarray(PIXELS).save(tmp_path / "in.png")
         (tmp_path / "in.png").write_bytes(add_to_png((tmp_path / "in.png").read_bytes(), [(b"eXIf", exif)]))
-        started = time.perf_counter()
+        started = time.process_time()
         for suffix in (".png", ".jpg", ".tif"):
             assert len(_result(tmp_path / "in.png", tmp_path / f"out{suffix}").read_bytes()) < 1_000_000
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 5
 
 
 def test_a_second_directory_over_the_first_leaves_the_first_alone() -> None:
