@@ -85,8 +85,9 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
         exception_handlers=handlers,
     )
     name = Path(settings.model).stem
-    api.include_router(plain_routes(filler, name), dependencies=bearer)
-    api.include_router(iopaint_routes(filler, name), dependencies=bearer)
+    routers = [plain_routes(filler, name), iopaint_routes(filler, name)]
+    for router in routers:
+        api.include_router(router, dependencies=bearer)
     _mount_page(api, Path(settings.page))
     app: ASGIApp = Guard(api, settings.hosts, settings.token, settings.max_bytes, settings.timeout)
     if settings.cors:
@@ -97,7 +98,8 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
             allow_headers=["*"],
             expose_headers=READABLE_BY_SCRIPTS,
         )
-    return Observed(app, metrics, "cross-origin" if settings.cors else "same-origin")
+    routes = {path for router in routers for route in router.routes if (path := getattr(route, "path", None))}
+    return Observed(app, metrics, "cross-origin" if settings.cors else "same-origin", routes)
 
 
 def _mount_page(api: FastAPI, folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Container
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -80,10 +81,13 @@ class Metrics:
 
 
 class Observed:
-    """The outermost ASGI layer: request id, headers, log, metrics, and an answer for whatever went wrong within."""
+    """The outermost ASGI layer: request id, headers, log, metrics, and an answer for whatever went wrong within.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, resource_policy: str) -> None:
-        self._app, self._metrics = app, metrics
+    Log and metrics name a request's path if it is one of `routes`, else `other`: a client cannot make up labels.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, resource_policy: str, routes: Container[str]) -> None:
+        self._app, self._metrics, self._routes = app, metrics, routes
         self._headers = HEADERS | {"Cross-Origin-Resource-Policy": resource_policy}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +120,7 @@ class Observed:
             self._note(scope, request_id, status or CLIENT_LEFT, seconds, scope["state"].get("received", 0), sent)
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float, received: int, sent: int) -> None:
-        route = getattr(scope.get("route"), "path", None) or "other"
+        route = scope["path"] if scope["path"] in self._routes else "other"
         self._metrics.requests.labels(route, status).inc()
         self._metrics.seconds.labels(route).observe(seconds)
         self._metrics.bytes.labels("in").inc(received)

@@ -504,15 +504,17 @@ def test_a_small_answer_does_not_wait_for_an_acknowledgement(client: httpx.Clien
 
 
 def test_metrics_count_what_happened(model: Path, picture: Any) -> None:
-    with serving(model) as client:
+    with serving(model, max_bytes=1_000_000) as client:
+        client.post("/inpaint", content=bytes(1_000_001))
         for _ in range(2):
             client.post("/inpaint", files={"image": png(picture), "mask": png(HOLE)})
         client.get("/no/such/thing/made/up/by/a/client")
         lines = client.get("/metrics").text.splitlines()
     values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
     assert values['misf_requests_total{route="/inpaint",status="200"}'] == 2
+    assert values['misf_requests_total{route="/inpaint",status="413"}'] == 1
     assert values['misf_requests_total{route="other",status="404"}'] == 1
-    assert values['misf_request_seconds_count{route="/inpaint"}'] == 2
+    assert values['misf_request_seconds_count{route="/inpaint"}'] == 3
     assert values["misf_requests_in_work"] == 0
     assert values["misf_batch_size_count"] == 3  # and the warm-up
     assert values['misf_bytes_total{direction="in"}'] > 2 * picture.size
