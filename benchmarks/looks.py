@@ -6,8 +6,8 @@ The values are means over the pictures of a band:
 - Lite2: the feature distance of EfficientNet-Lite2, as in `misf-eval --feature-distance`.
 - gradient: the sum of absolute differences of neighbouring pixels in the hole, over the band's pictures, as a fraction
   of the truth's.
-- grid: the fraction of the fill's high frequencies that depends on the pixel's position modulo 2, 4 and 8 (the largest
-  of the three), minus that of the truth; near 0 for a fill without a grid.
+- grid: the fraction of the fill's high frequencies that depends on the pixel's position modulo 2, 4, 8 and 16 (the
+  largest of the four), minus that of the truth; near 0 for a fill without a grid.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from misf.training.mask_drawing import Mask
 
 log = logging.getLogger("misf.benchmarks")
 
-PERIODS = (2, 4, 8)
-TILE = 32  # pixels; the sign of a grid may change from tile to tile
+PERIODS = (2, 4, 8, 16)
+TILE = 64  # pixels; the sign of a grid may change from tile to tile
 Plane = NDArray[np.float64]
 
 
@@ -104,8 +104,8 @@ def grid_share(grey: Plane, hole: Mask, period: int) -> float:
     fine = grey - gaussian_filter(grey, 2.0)
     inside = binary_erosion(hole, iterations=4)
     energy = explained = 0.0
-    for top in range(0, grey.shape[0] - TILE + 1, TILE):
-        for left in range(0, grey.shape[1] - TILE + 1, TILE):
+    for top in range(0, grey.shape[0] - TILE + 1, TILE // 2):
+        for left in range(0, grey.shape[1] - TILE + 1, TILE // 2):
             where = inside[top : top + TILE, left : left + TILE]
             if where.mean() < 0.5:
                 continue

@@ -148,6 +148,35 @@ def feature_distance_loss(distance: Tensor) -> Tensor:
     return torch.log(distance + 0.02).mean()
 
 
+def grid_loss(composite: Tensor, mask: Tensor, *, period: int = 16) -> Tensor:
+    """Return the fraction of the fill's fine detail that repeats every `period` pixels, averaged over samples.
+
+    Detail is what a blur by 7x7 takes away. In windows of 4x4 periods that are mostly hole, its means by position
+    within the period are compared with all of it: about 1/16 for detail without a grid, 1 for nothing but a grid.
+    Feature distances do not mind such a grid, and transposed convolutions with strides of 2 paint it easily.
+
+    Args:
+        composite: N,3,H,W; 0 is returned if H or W is less than 4 periods.
+        mask: N,1,H,W.
+        period: in pixels; its divisors are included.
+
+    """
+    height, width = (side // period * period for side in mask.shape[2:])
+    if min(height, width) < 4 * period:
+        return 0 * composite.sum()
+    detail = (composite - F.avg_pool2d(composite, 7, stride=1, padding=3, count_include_pad=False)) * mask
+
+    def window_means(x: Tensor) -> Tensor:
+        """Return the means by position in the period: N,C*period^2,h,w of N,C,H,W."""
+        return F.avg_pool2d(F.pixel_unshuffle(x[..., :height, :width], period), 4, stride=2)
+
+    inside = window_means(mask)
+    chosen = (inside.mean(dim=1, keepdim=True) > 0.5).to(composite.dtype)
+    repeated = window_means(detail).square() / inside.repeat(1, 3, 1, 1).clamp(min=1 / 16)
+    parts = [(x * chosen).sum(dim=(1, 2, 3)) for x in (repeated, window_means(detail.square()))]
+    return (parts[0] / (parts[1] + 1e-6)).mean()
+
+
 def feature_matching_loss(of_prediction: Sequence[Tensor], of_image: Sequence[Tensor]) -> Tensor:
     """Return the mean over layers of the L1 between the discriminator's features (pix2pixHD, arXiv 1711.11585)."""
     terms = [F.l1_loss(a.float(), b.detach().float()) for a, b in zip(of_prediction, of_image, strict=True)]

@@ -71,6 +71,8 @@ class Recipe:
     feature_matching: float = 0.0
     distance: float = 0.0
     """Logarithm of the feature distance between composite and truth (`efficientnet.py`), averaged over samples."""
+    grid: float = 0.0
+    """The fraction of the fill's fine detail that repeats every 16 pixels."""
     teacher: float = 0.0
     """The loss `hole`, of the fill of a trained network in place of the truth."""
     hole_patches: bool = False
@@ -139,6 +141,7 @@ class Recipe:
             "style",
             "feature_matching",
             "distance",
+            "grid",
             "teacher",
         )
         return {name: getattr(self, name) for name in names}
@@ -225,6 +228,7 @@ RECIPES: dict[str, Recipe] = {
         hole_patches=True,
         feature_matching=20.0,
         distance=2.0,
+        grid=3.0,
         perceptual=0.0,
         style=0.0,
         adversarial_from=0.01,

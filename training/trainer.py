@@ -335,6 +335,8 @@ class Trainer:
             terms |= self._passing_for_real(compared, real_features)
         if self.distances:
             terms["distance"] = losses.feature_distance_loss(self._distance(image, compared.composite))
+        if config.grid:
+            terms["grid"] = losses.grid_loss(compared.composite, hole)
         if self.vgg is not None:
             with self.fabric.autocast():
                 with torch.no_grad():

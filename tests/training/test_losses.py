@@ -89,6 +89,28 @@ def test_ssim_loss_is_scikit_images_on_the_composite() -> None:
     assert float(losses.ssim_loss(prediction, image, mask)) == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("period", [2, 8, 16])
+def test_grid_loss_is_the_energy_of_the_means_by_position(period: int) -> None:
+    """Of white noise, 1/16 on average; a grid of any period that divides 16 adds all of its energy."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 3, 144, 160, generator=generator)
+    grid = torch.randn(1, 3, period, period, generator=generator).repeat(1, 1, 144 // period, 160 // period)
+    mask = torch.zeros(1, 1, 144, 160)
+    mask[..., 16:144, 16:144] = 1
+    assert float(losses.grid_loss(noise, mask)) == pytest.approx(1 / 16, abs=0.02)
+    assert float(losses.grid_loss(grid, mask)) == pytest.approx(1, abs=0.02)
+    sharp = [
+        (x - torch.nn.functional.avg_pool2d(x, 7, 1, 3))[..., 32:128, 32:128].square().sum() for x in (grid, noise)
+    ]
+    fraction = float(sharp[0] / (sharp[0] + sharp[1]))
+    assert float(losses.grid_loss(noise + grid, mask)) == pytest.approx(fraction + (1 - fraction) / 16, abs=0.05)
+    assert float(losses.grid_loss(grid[..., :60, :], mask[..., :60, :])) == 0
+    flat = torch.full_like(noise, 0.5, requires_grad=True)
+    losses.grid_loss(flat, mask).backward()
+    assert flat.grad is not None
+    assert torch.isfinite(flat.grad).all()
+
+
 @pytest.mark.parametrize("name", ["l1_over_mask", "hole_loss", "psnr_loss", "ssim_loss", "known_loss"])
 @pytest.mark.parametrize("fill", [0.0, 1.0])
 def test_empty_and_full_masks_give_numbers_and_gradients(name: str, fill: float) -> None:
