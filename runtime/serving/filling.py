@@ -118,9 +118,9 @@ class Filler:
         """
         if self.full:
             raise RequestError(503, f"{self._taken} requests wait already: try again", self._retry_after())
-        ticket = Ticket(self._timeout)
+        ticket, jobs = Ticket(self._timeout), [work]
+        done = self._threads.submit(self._work, ticket, subject, jobs)
         self._change_taken(1)
-        done = self._threads.submit(self._work, ticket, subject, work)
         done.add_done_callback(self._finished)
         answer: asyncio.Future[Answer] = asyncio.wrap_future(done)
         answer.add_done_callback(_look_at_exception)
@@ -133,16 +133,17 @@ class Filler:
             raise RequestError(CLIENT_LEFT, "the client left") if left.done() else ticket.too_late()
         finally:
             ticket.cancel()
-            done.cancel()
+            if done.cancel():
+                jobs.clear()  # the pool holds what it was given until a thread is free
             left.cancel()
 
-    def _work(self, ticket: Ticket, subject: str, work: Callable[[], Answer]) -> Answer:
+    def _work(self, ticket: Ticket, subject: str, jobs: list[Callable[[], Answer]]) -> Answer:
         def inside() -> Answer:
             ticket_at_work.set(ticket)
             ticket.check()
             with log_about(f"{subject}: "):
                 started = time.monotonic()
-                answer = work()
+                answer = jobs.pop()()
                 self._seconds += 0.1 * ((time.monotonic() - started) / max(1, self._taken) - self._seconds)
                 return answer
 

@@ -82,6 +82,8 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
     ) -> Response:
         started = time.perf_counter()
         image_data, mask_data = await image.read(), await mask.read()
+        await image.close()  # or it would be in memory twice until the answer
+        await mask.close()
         masks = MaskSettings(threshold, invert, from_alpha, tuple(values) if values else None, resize, grow, feather)
         settings = filler.inpainter.settings
         settings = replace(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
 import logging
 import socket
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +20,15 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.datastructures import UploadFile
 
 from misf import runtime
 from misf.runtime import Inpainter
+from misf.runtime.inpainter import FillReport
 from misf.runtime.run_cli import main as misf_run
+from misf.runtime.serving import observing
+from misf.runtime.serving.failures import RequestError
+from misf.runtime.serving.filling import Filled, Filler
 from tests.support.serving import encoded, gated, opened, png, serving, until
 from tests.support.tiny_models import mean_fill
 
@@ -410,6 +419,72 @@ def test_a_client_that_leaves_makes_room(model: Path, picture: Any) -> None:
         until(lambda: client.get("/readyz").status_code == 200)
         assert client.post("/inpaint", files=files).status_code == 200
     assert len(gate.shapes) == 3  # the warm-up, the one in the model, the last: never the one that only waited
+
+
+def test_a_request_that_is_given_up_holds_no_picture_while_it_waits_for_a_thread(model: Path) -> None:
+    inpainter, _ = gated(model)
+    filler = Filler(
+        inpainter, queue=64, timeout=60, max_pixels=9, max_batch=1, batch_delay=0, metrics=observing.Metrics()
+    )
+    gate = threading.Event()
+
+    async def stays() -> Any:
+        await asyncio.Event().wait()
+
+    async def leaves() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def ask() -> None:
+        busy = [asyncio.create_task(filler.run(stays, "", gate.wait)) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        picture = np.zeros(9)
+        held = weakref.ref(picture)
+        with pytest.raises(RequestError, match="the client left"):
+            await filler.run(leaves, "", picture.sum)
+        del picture
+        gc.collect()
+        still_there = held() is not None
+        gate.set()
+        assert await asyncio.gather(*busy) == [True] * 5
+        assert not still_there
+
+    asyncio.run(ask())
+    filler.close()
+
+
+def test_an_upload_is_in_memory_once_while_it_waits(model: Path, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(Filler, "fill", lambda *_: closed.extend(file.file.closed for file in uploads) or _filled())
+    uploads: list[UploadFile] = []
+    read = UploadFile.read
+
+    async def noted(file: UploadFile, size: int = -1) -> bytes:
+        uploads.append(file)
+        return await read(file, size)
+
+    monkeypatch.setattr(UploadFile, "read", noted)
+    with serving(model) as client:
+        assert client.post("/inpaint", files={"image": png(picture), "mask": png(HOLE)}).status_code == 200
+    assert closed == [True, True]
+
+
+def _filled() -> Filled:
+    return Filled(b"", "image/png", 1, 1, FillReport("auto", 1, 1, 0.0))
+
+
+def test_a_thread_that_cannot_be_started_leaves_no_place_taken(
+    model: Path, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_pool: ThreadPoolExecutor) -> None:
+        raise RuntimeError("can't start new thread")
+
+    files = {"image": png(picture), "mask": png(HOLE)}
+    with serving(model, queue=1) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(ThreadPoolExecutor, "_adjust_thread_count", none_left)
+            is_failure(client.post("/inpaint", files=files), 500, "the server failed")
+        until(lambda: client.get("/readyz").status_code == 200, 5)
+        assert client.post("/inpaint", files=files).status_code == 200
 
 
 def test_a_slow_body_is_given_up(model: Path) -> None:
