@@ -91,12 +91,7 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
         )
 
         def work() -> Filled:
-            return filler.fill(
-                image_data,
-                lambda: masks.hole(filler.read_mask(mask_data), quiet=True),
-                settings,
-                masks,
-            )
+            return filler.fill(image_data, mask_data, lambda mask: masks.hole(mask, quiet=True), settings, masks)
 
         filled = await filler.run(request.receive, request.state.request_id, work)
         if wants_json(request.headers.get("accept", "")):

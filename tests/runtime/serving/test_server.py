@@ -25,8 +25,9 @@ from starlette.datastructures import UploadFile
 from misf import runtime
 from misf.runtime import Inpainter
 from misf.runtime.inpainter import FillReport
+from misf.runtime.pictures.image_io import open_mask
 from misf.runtime.run_cli import main as misf_run
-from misf.runtime.serving import observing
+from misf.runtime.serving import filling, observing
 from misf.runtime.serving.failures import RequestError
 from misf.runtime.serving.filling import Filled, Filler
 from tests.support.serving import encoded, gated, opened, png, serving, until
@@ -306,6 +307,36 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(client: httpx.Clien
     for files in ({"image": huge, "mask": png(HOLE)}, {"image": png(picture), "mask": huge}):
         is_failure(client.post("/inpaint", files=files), 413, "500x500: expected at most 200000 pixels")
     assert image_io.FORMATS  # the decoder itself takes more
+
+
+def test_masks_larger_than_their_pictures_are_decoded_within_the_same_limit(
+    client: httpx.Client, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is 200,000 pixels, and twice as many at a time; these masks have 193,600."""
+    large = np.full((440, 440), 255, np.uint8)
+    lock, now, most = threading.Lock(), 0, 0
+
+    def slow(path: Path, data: bytes) -> Image.Image:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.3)
+        with lock:
+            now -= 1
+        return open_mask(path, data)
+
+    monkeypatch.setattr(filling, "open_mask", slow)
+    with ThreadPoolExecutor(4) as pool:
+        files = {"image": png(picture), "mask": png(large)}
+        answers = [pool.submit(client.post, "/inpaint", files=files) for _ in range(4)]
+        for answer in answers:
+            is_failure(answer.result(), 400, "the mask is 440x440")
+        assert most <= 2
+        wish = {"mask": uri(png(large)), "operate": "reverse"}
+        answers = [pool.submit(client.post, "/api/v1/adjust_mask", json=wish) for _ in range(4)]
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+        assert most <= 2
 
 
 def test_the_strategy_original_has_a_limit_of_its_own(model: Path) -> None:
