@@ -68,7 +68,7 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
     )
     async def inpaint(
         request: Request,
-        image: Annotated[UploadFile, File(description="PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC")],
+        image: Annotated[UploadFile, File(description="PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF")],
         mask: Annotated[UploadFile, File(description="White is hole; of the size at which the picture is displayed")],
         strategy: Annotated[Strategy | None, Query(description="What the network sees; default: the server's")] = None,
         margin: Annotated[int | None, Query(ge=0, le=LONGEST, description="Pixels of context around a hole")] = None,

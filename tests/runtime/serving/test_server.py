@@ -291,6 +291,15 @@ def test_adjust_mask_is_opencv_s_ellipse_but_for_a_pixel(client: httpx.Client, o
     assert np.array_equal(np.asarray(opened(again.content))[..., 3] > 0, ~mask)  # its yellow is hole
 
 
+def test_a_wrong_method_is_not_an_unknown_path(client: httpx.Client) -> None:
+    for path in ("/inpaint", "/api/v1/inpaint"):
+        answer = client.get(path)
+        is_failure(answer, 405, "Method Not Allowed")
+        assert answer.headers["allow"] == "POST"
+    is_failure(client.post("/"), 405, "Method Not Allowed")
+    is_failure(client.get("/inpaint/"), 404, "Not Found")
+
+
 # ------------------------------------------------------------------------------------------------ limits
 
 
