@@ -307,6 +307,10 @@ def test_too_many_bytes_are_refused_before_they_are_read(client: httpx.Client) -
     is_failure(client.post("/inpaint", content=b"x" * (2 << 20)), 413, "at most 1048576 bytes")
     chunks = (b"x" * 65536 for _ in range(64))
     is_failure(client.post("/inpaint", content=chunks), 413, "at most 1048576 bytes")  # without a length
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as polite:
+        polite.sendall(b"POST /inpaint HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2000000\r\n\r\n")
+        polite.settimeout(10)
+        assert polite.recv(4096).startswith(b"HTTP/1.1 413 ")  # not 100
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(client: httpx.Client, picture: Any) -> None:
@@ -358,24 +362,25 @@ def test_the_strategy_original_has_a_limit_of_its_own(model: Path) -> None:
 
 
 def test_token(model: Path, picture: Any) -> None:
-    secret = "correct horse battery"
+    secret = "correct h\u00f6rse battery"
     with serving(model, token=secret) as client:
         files = {"image": png(picture), "mask": png(HOLE)}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {secret}"}):
+        basic, right = ({"Authorization": f"{scheme} {secret}".encode()} for scheme in ("Basic", "bearer"))
+        for headers in ({}, {"Authorization": "Bearer wrong"}, basic):
             answer = client.post("/inpaint", files=files, headers=headers)
             is_failure(answer, 401, "Authorization: Bearer")
             assert answer.headers["www-authenticate"] == "Bearer"
         for path in ("/api/v1/model", "/metrics", "/openapi.json"):
             assert client.get(path).status_code == 401
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
-        right = {"Authorization": f"bearer {secret}"}
         assert client.post("/inpaint", files=files, headers=right).status_code == 200
         assert "HTTPBearer" in client.get("/openapi.json", headers=right).text
 
 
 def test_hosts_and_origins(model: Path) -> None:
     origin = {"Origin": "https://example.org"}
-    with serving(model, hosts=("127.0.0.1",), cors=("https://example.org",)) as client:
+    with serving(model, hosts=("127.0.0.1", "Proxy.example"), cors=("https://example.org",)) as client:
+        assert client.get("/api/v1/model", headers={"Host": "proxy.example:443"}).status_code == 200
         is_failure(client.get("/api/v1/model", headers={"Host": "rebound.example:80"}), 400, "--allowed-host")
         answer = client.get("/api/v1/model", headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://example.org"
