@@ -159,6 +159,10 @@ def test_logs_are_json_without_secrets_and_name_the_request(
         answer = httpx.post(f"{address}/inpaint?grow=3", files=black, headers=bearer, trust_env=False)
         assert answer.status_code == 200
         assert httpx.get(f"{address}/api/v1/model?key={secret}", trust_env=False).status_code == 401
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 30) as scanner:
+            scanner.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+            assert scanner.recv(100).startswith(b"HTTP/1.1 400 ")
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert secret not in log
@@ -175,6 +179,7 @@ def test_logs_are_json_without_secrets_and_name_the_request(
         (["no-such-model"], 2, "no-such-model"),
         (["{model}", "--host=203.0.113.7"], 1, "cannot listen on 203.0.113.7:0"),
         (["{model}", "--port=99999"], 2, "99999"),
+        (["{model}", "--timeout=inf"], 2, "--timeout"),
         (["{model}", "--device=cuda:7"], 4, "cuda:7 was requested"),
         (["{empty}"], 1, "is empty"),
         (["{model}", "--token-file={empty}"], 2, "expected at least 16"),
