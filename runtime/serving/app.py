@@ -33,7 +33,7 @@ from .failures import failure_response, response_for
 from .filling import Filler
 from .guard import Guard
 from .iopaint import iopaint_routes
-from .observing import WORKERS_FOLDER, Metrics, Observed
+from .observing import WORKERS_FOLDER, Metrics, Observed, forget_dead_workers
 from .routes import plain_routes
 from .settings import ServerSettings
 
@@ -127,6 +127,7 @@ def app_from_environment() -> ASGIApp:
 
     settings = ServerSettings.from_environment()
     prepare_process(settings)
+    forget_dead_workers()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return create_app(settings)
 

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from misf.runtime.serving import observing
 from tests.support.serving import MISF_SERVE, png, spawned, until
 from tests.support.tiny_models import mean_fill
 
@@ -132,6 +133,19 @@ def test_killed_and_started_again_clients_only_have_to_retry(
                 client.join(60)
     assert {status for client in clients for status in client.statuses} == {200}
     assert not list(temporary.iterdir())
+
+
+def test_what_a_dead_worker_had_in_work_is_forgotten_and_what_it_counted_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(observing.WORKERS_FOLDER, str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait(60)
+    names = {f"gauge_livesum_{os.getpid()}.db", f"counter_{dead.pid}.db"}
+    for name in (*names, f"gauge_livesum_{dead.pid}.db"):
+        (tmp_path / name).touch()
+    observing.forget_dead_workers()
+    assert {file.name for file in tmp_path.iterdir()} == names
 
 
 def test_workers_share_a_port_and_their_metrics(model: Path, files: dict[str, bytes]) -> None:
