@@ -33,7 +33,7 @@ from .failures import failure_response, response_for
 from .filling import Filler
 from .guard import Guard
 from .iopaint import iopaint_routes
-from .observing import WORKERS_FOLDER, Metrics, Observed
+from .observing import WORKERS_FOLDER, Metrics, Observed, forget_dead_workers
 from .routes import plain_routes
 from .settings import ServerSettings
 
@@ -48,7 +48,6 @@ TYPES = {
     ".avif": "image/avif",
 }
 """Of the page's files; browsers refuse modules of another type, and not every system's table has these."""
-SAMPLES = Path(__file__).parents[1] / "samples"
 READABLE_BY_SCRIPTS = ["X-Seed", "X-Process-Time", "X-Precision", "X-Request-Id", "Retry-After"]
 
 
@@ -82,6 +81,7 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
         lifespan=lifespan,
         docs_url=None,  # its pages come from another server
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers=handlers,
     )
     name = Path(settings.model).stem
@@ -117,7 +117,8 @@ def _mount_page(api: FastAPI, folder: Path) -> None:
 
     if not (folder / "samples").is_dir():  # the installed page has none of its own
         api.mount("/samples", StaticFiles(directory=SAMPLES))
-    api.mount("/", StaticFiles(directory=folder, html=True))
+    # Not mounted: a route for every path would answer 404 where a path is known and only its method is wrong.
+    api.router.default = StaticFiles(directory=folder, html=True)
 
 
 def app_from_environment() -> ASGIApp:
@@ -126,6 +127,7 @@ def app_from_environment() -> ASGIApp:
 
     settings = ServerSettings.from_environment()
     prepare_process(settings)
+    forget_dead_workers()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return create_app(settings)
 

@@ -78,7 +78,6 @@ def documented(*statuses: int, success: dict[str, Any] | None = None) -> dict[in
         400: "The request is malformed, or the mask is not of the picture's size.",
         401: "The bearer token is missing or wrong.",
         408: "The body came too slowly.",
-        411: "The body came without a length, or not at all.",
         413: "Too many bytes or pixels.",
         415: "The file is not a picture that misf reads.",
         422: "A field is missing or wrong, or a picture is damaged.",

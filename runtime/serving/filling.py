@@ -59,7 +59,7 @@ class Filler:
         inpainter: its backend is replaced by one that batches.
         queue: most requests in work or waiting.
         timeout: seconds that each may take.
-        max_pixels: of a picture; twice as many are decoded at the same time.
+        max_pixels: of a picture or a mask; pictures of twice as many, with their masks, are decoded at the same time.
         max_batch, batch_delay: see `MicroBatchingBackend`; max_batch None: MAX_BATCH on a GPU, 1 on a CPU.
         metrics: what is counted.
 
@@ -118,9 +118,9 @@ class Filler:
         """
         if self.full:
             raise RequestError(503, f"{self._taken} requests wait already: try again", self._retry_after())
-        ticket = Ticket(self._timeout)
+        ticket, jobs = Ticket(self._timeout), [work]
+        done = self._threads.submit(self._work, ticket, subject, jobs)
         self._change_taken(1)
-        done = self._threads.submit(self._work, ticket, subject, work)
         done.add_done_callback(self._finished)
         answer: asyncio.Future[Answer] = asyncio.wrap_future(done)
         answer.add_done_callback(_look_at_exception)
@@ -133,16 +133,17 @@ class Filler:
             raise RequestError(CLIENT_LEFT, "the client left") if left.done() else ticket.too_late()
         finally:
             ticket.cancel()
-            done.cancel()
+            if done.cancel():
+                jobs.clear()  # the pool holds what it was given until a thread is free
             left.cancel()
 
-    def _work(self, ticket: Ticket, subject: str, work: Callable[[], Answer]) -> Answer:
+    def _work(self, ticket: Ticket, subject: str, jobs: list[Callable[[], Answer]]) -> Answer:
         def inside() -> Answer:
             ticket_at_work.set(ticket)
             ticket.check()
             with log_about(f"{subject}: "):
                 started = time.monotonic()
-                answer = work()
+                answer = jobs.pop()()
                 self._seconds += 0.1 * ((time.monotonic() - started) / max(1, self._taken) - self._seconds)
                 return answer
 
@@ -159,10 +160,17 @@ class Filler:
     def _retry_after(self) -> int:
         return max(1, min(60, math.ceil(self._seconds * self._taken)))
 
-    def fill(self, image: bytes, read_hole: Callable[[], Mask], settings: CropSettings, masks: MaskSettings) -> Filled:
+    def fill(
+        self,
+        image: bytes,
+        mask: bytes,
+        to_hole: Callable[[Image.Image], Mask],
+        settings: CropSettings,
+        masks: MaskSettings,
+    ) -> Filled:
         """Return the picture in `image` with its holes filled, in its own format.
 
-        read_hole: decodes the mask and returns it at its own size; called when there is room for it.
+        to_hole: makes the hole of the mask's picture, at its own size.
 
         Raises RequestError (400, 413, 415, 503), ValueError for what is damaged, MisfError when the model fails.
         """
@@ -170,8 +178,8 @@ class Filler:
         if settings.strategy == "original" and pixels > LARGEST_ORIGINAL:
             raise RequestError(413, f"{pixels} pixels are too many for the strategy original: take auto")
         ticket = ticket_at_work.get()
-        with self._pixels.reserved(pixels, ticket):
-            picture, hole = open_picture(Path(PICTURE), data=image), read_hole()
+        with self._pixels.reserved(max(pixels, declared_pixels(mask, MASK, self._max_pixels)), ticket):
+            picture, hole = open_picture(Path(PICTURE), data=image), to_hole(open_mask(Path(MASK), data=mask))
             if hole.shape != picture.canvas.size and not masks.resize:
                 raise RequestError(400, _sizes_differ(hole.shape, picture.canvas.size))
             report = self.inpainter.fill(
@@ -186,10 +194,10 @@ class Filler:
         self.metrics.hole_share.observe(report.hole_pixels / (height * width))
         return Filled(data, MEDIA_TYPES[picture.format], width, height, report)
 
-    def read_mask(self, data: bytes) -> Image.Image:
-        """Return a mask's picture, decoded. Raises RequestError or ValueError, as `fill`."""
-        declared_pixels(data, MASK, self._max_pixels)
-        return open_mask(Path(MASK), data=data)
+    def with_mask(self, data: bytes, use: Callable[[Image.Image], Answer]) -> Answer:
+        """Return what `use` makes of a mask's picture. Raises RequestError or ValueError, as `fill`."""
+        with self._pixels.reserved(declared_pixels(data, MASK, self._max_pixels), ticket_at_work.get()):
+            return use(open_mask(Path(MASK), data=data))
 
 
 def declared_pixels(data: bytes, what: str, limit: int) -> int:

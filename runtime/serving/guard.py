@@ -35,7 +35,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, hosts: tuple[str, ...], token: str, max_bytes: int, timeout: float) -> None:
-        self._app, self._hosts, self._token = app, hosts, token.encode()
+        self._app, self._hosts, self._token = app, {host.lower() for host in hosts}, token.encode()
         self._max_bytes, self._timeout = max_bytes, timeout
         self._too_large = f"the request is too large: expected at most {max_bytes} bytes"
         self._held = 0
@@ -47,7 +47,8 @@ class Guard:
             return
         headers = Headers(scope=scope)
         if refusal := self._refusal(scope["path"], headers):
-            await self._close_with(refusal, scope, receive, send)
+            waits = headers.get("expect", "").lower() == "100-continue"  # for leave to send its body
+            await self._close_with(refusal, scope, receive, send, more=not waits)
             return
         chunks: deque[bytes] = deque()
         state = scope["state"]
@@ -66,7 +67,7 @@ class Guard:
         if self._hosts and host not in self._hosts and path not in OPEN:
             return failure_response(400, "this server is not known by that host name: see misf-serve --allowed-host")
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        allowed = scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), self._token)
+        allowed = scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode("latin-1"), self._token)
         if self._token and not allowed and path.startswith(PRIVATE):
             return failure_response(401, "expected the header Authorization: Bearer TOKEN with the server's token")
         if int(headers.get("content-length", "0")) > self._max_bytes:  # h11 lets only numbers through
@@ -94,14 +95,16 @@ class Guard:
             if not message.get("more_body"):
                 return
 
-    async def _close_with(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request whose body may still be on its way, and close the connection.
+    async def _close_with(
+        self, response: Response, scope: Scope, receive: Receive, send: Send, more: bool = True
+    ) -> None:
+        """Answer a request whose body may still be on its way, if there is more of it, and close the connection.
 
         What arrives within a moment is read and dropped: closing at once would reset the connection, and the client
         would not see the answer.
         """
         response.headers["Connection"] = "close"
-        deadline, more = time.monotonic() + DRAIN_SECONDS, True
+        deadline = time.monotonic() + DRAIN_SECONDS
         while more and time.monotonic() < deadline:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))

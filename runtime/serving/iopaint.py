@@ -132,7 +132,7 @@ def iopaint_routes(filler: Filler, model: str) -> APIRouter:
 
         def work() -> Filled:
             image, mask = decoded(wish.image, "image"), decoded(wish.mask, "mask")
-            return filler.fill(image, lambda: painted_mask(filler.read_mask(mask)), settings, MaskSettings())
+            return filler.fill(image, mask, painted_mask, settings, MaskSettings())
 
         filled = await filler.run(request.receive, request.state.request_id, work)
         response = Response(filled.data, media_type=filled.media_type)
@@ -172,9 +172,11 @@ def iopaint_routes(filler: Filler, model: str) -> APIRouter:
         ),
     )
     async def adjust_mask(request: Request, wish: AdjustMaskRequest) -> Response:
+        def adjust(image: Image.Image) -> bytes:
+            return painted(adjusted(painted_mask(image), wish.operate, wish.kernel_size or 0))
+
         def work() -> bytes:
-            mask = painted_mask(filler.read_mask(decoded(wish.mask, "mask")))
-            return painted(adjusted(mask, wish.operate, wish.kernel_size or 0))
+            return filler.with_mask(decoded(wish.mask, "mask"), adjust)
 
         data = await filler.run(request.receive, request.state.request_id, work)
         return Response(data, media_type="image/png")

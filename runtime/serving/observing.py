@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Container
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -78,6 +79,13 @@ class Metrics:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+
+def forget_dead_workers() -> None:
+    """Take what workers that died had in work out of the sum."""
+    for file in Path(os.environ[WORKERS_FOLDER]).glob("gauge_live*.db"):
+        if not Path("/proc", file.stem.rpartition("_")[2]).exists():
+            file.unlink(missing_ok=True)
 
 
 class Observed:

@@ -68,7 +68,7 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
     )
     async def inpaint(
         request: Request,
-        image: Annotated[UploadFile, File(description="PNG, JPEG, WebP, TIFF, BMP, GIF, AVIF or HEIC")],
+        image: Annotated[UploadFile, File(description="PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF")],
         mask: Annotated[UploadFile, File(description="White is hole; of the size at which the picture is displayed")],
         strategy: Annotated[Strategy | None, Query(description="What the network sees; default: the server's")] = None,
         margin: Annotated[int | None, Query(ge=0, le=LONGEST, description="Pixels of context around a hole")] = None,
@@ -82,6 +82,8 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
     ) -> Response:
         started = time.perf_counter()
         image_data, mask_data = await image.read(), await mask.read()
+        await image.close()  # or it would be in memory twice until the answer
+        await mask.close()
         masks = MaskSettings(threshold, invert, from_alpha, tuple(values) if values else None, resize, grow, feather)
         settings = filler.inpainter.settings
         settings = replace(
@@ -89,12 +91,7 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
         )
 
         def work() -> Filled:
-            return filler.fill(
-                image_data,
-                lambda: masks.hole(filler.read_mask(mask_data), quiet=True),
-                settings,
-                masks,
-            )
+            return filler.fill(image_data, mask_data, lambda mask: masks.hole(mask, quiet=True), settings, masks)
 
         filled = await filler.run(request.receive, request.state.request_id, work)
         if wants_json(request.headers.get("accept", "")):

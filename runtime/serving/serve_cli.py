@@ -59,7 +59,7 @@ M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # blocks from this size on go back 
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(0.1, 86400),
     default=60.0,
     show_default=True,
     help="Seconds a request may take; also how long a stopping server finishes what it has taken.",
@@ -162,6 +162,7 @@ def prepare_process(settings: ServerSettings) -> None:
         from .observing import JsonLines
 
         misf_log.handlers[:] = [JsonLines()]
+        logging.getLogger().addHandler(JsonLines())  # what uvicorn and asyncio warn of
     # As many connections as the system lets us have: the default of 1024 is soon reached by idle ones.
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

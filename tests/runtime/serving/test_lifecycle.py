@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
+from misf.runtime.serving import observing
 from tests.support.serving import MISF_SERVE, png, spawned, until
 from tests.support.tiny_models import mean_fill
 
@@ -134,6 +135,19 @@ def test_killed_and_started_again_clients_only_have_to_retry(
     assert not list(temporary.iterdir())
 
 
+def test_what_a_dead_worker_had_in_work_is_forgotten_and_what_it_counted_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(observing.WORKERS_FOLDER, str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait(60)
+    names = {f"gauge_livesum_{os.getpid()}.db", f"counter_{dead.pid}.db"}
+    for name in (*names, f"gauge_livesum_{dead.pid}.db"):
+        (tmp_path / name).touch()
+    observing.forget_dead_workers()
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
 def test_workers_share_a_port_and_their_metrics(model: Path, files: dict[str, bytes]) -> None:
     with spawned(model, "--workers=2") as (process, address), httpx.Client(trust_env=False, timeout=60) as client:
         for _ in range(6):
@@ -159,6 +173,10 @@ def test_logs_are_json_without_secrets_and_name_the_request(
         answer = httpx.post(f"{address}/inpaint?grow=3", files=black, headers=bearer, trust_env=False)
         assert answer.status_code == 200
         assert httpx.get(f"{address}/api/v1/model?key={secret}", trust_env=False).status_code == 401
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), 30) as scanner:
+            scanner.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+            assert scanner.recv(100).startswith(b"HTTP/1.1 400 ")
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert secret not in log
@@ -175,6 +193,7 @@ def test_logs_are_json_without_secrets_and_name_the_request(
         (["no-such-model"], 2, "no-such-model"),
         (["{model}", "--host=203.0.113.7"], 1, "cannot listen on 203.0.113.7:0"),
         (["{model}", "--port=99999"], 2, "99999"),
+        (["{model}", "--timeout=inf"], 2, "--timeout"),
         (["{model}", "--device=cuda:7"], 4, "cuda:7 was requested"),
         (["{empty}"], 1, "is empty"),
         (["{model}", "--token-file={empty}"], 2, "expected at least 16"),

@@ -354,6 +354,12 @@ def test_errors_say_what_to_do(site: Site, opened: Open) -> None:
     site.answers = [(401, {}, {"error": "no token"})]
     page.click("#fill")
     page.wait_for_selector("#token:visible")
+    page.evaluate("""() => {
+      const clipboardData = new DataTransfer();
+      clipboardData.setData("text/plain", "open sesame");
+      document.getElementById("secret").dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+    }""")
+    assert not page.locator("#error").is_visible()  # pasted text is no picture, but it is for the dialog
     page.fill("#secret", "open sesame")
     page.keyboard.press("Enter")
     page.wait_for_selector("#compare:enabled")
@@ -368,6 +374,18 @@ def test_a_server_that_is_gone_is_an_error_and_nothing_is_lost(inpainter: Inpain
     page.click("#fill")
     page.wait_for_selector("#error:has-text('The server does not answer')")
     page.wait_for_selector("#fill:enabled")
+
+
+def test_a_browser_that_keeps_nothing_fills(site: Site, opened: Open) -> None:
+    page = opened(site.url)
+    page.add_init_script("""for (const name of ["localStorage", "sessionStorage"])
+      Object.defineProperty(window, name, { get() { throw new DOMException("refused", "SecurityError"); } });""")
+    page.reload()
+    page.wait_for_selector("#samples img")
+    give(page, "cup.png", photograph((99, 99)))
+    stroke(page, (99, 99), (0.4, 0.4), (0.5, 0.4))
+    page.click("#theme")
+    filled(page)
 
 
 def test_a_fill_can_be_cancelled_and_started_again(site: Site, opened: Open) -> None:

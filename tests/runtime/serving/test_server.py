@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import json
 import logging
 import socket
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +20,16 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.datastructures import UploadFile
 
 from misf import runtime
 from misf.runtime import Inpainter
+from misf.runtime.inpainter import FillReport
+from misf.runtime.pictures.image_io import open_mask
 from misf.runtime.run_cli import main as misf_run
+from misf.runtime.serving import filling, observing
+from misf.runtime.serving.failures import RequestError
+from misf.runtime.serving.filling import Filled, Filler
 from tests.support.serving import encoded, gated, opened, png, serving, until
 from tests.support.tiny_models import mean_fill
 
@@ -281,6 +291,15 @@ def test_adjust_mask_is_opencv_s_ellipse_but_for_a_pixel(client: httpx.Client, o
     assert np.array_equal(np.asarray(opened(again.content))[..., 3] > 0, ~mask)  # its yellow is hole
 
 
+def test_a_wrong_method_is_not_an_unknown_path(client: httpx.Client) -> None:
+    for path in ("/inpaint", "/api/v1/inpaint"):
+        answer = client.get(path)
+        is_failure(answer, 405, "Method Not Allowed")
+        assert answer.headers["allow"] == "POST"
+    is_failure(client.post("/"), 405, "Method Not Allowed")
+    is_failure(client.get("/inpaint/"), 404, "Not Found")
+
+
 # ------------------------------------------------------------------------------------------------ limits
 
 
@@ -288,6 +307,10 @@ def test_too_many_bytes_are_refused_before_they_are_read(client: httpx.Client) -
     is_failure(client.post("/inpaint", content=b"x" * (2 << 20)), 413, "at most 1048576 bytes")
     chunks = (b"x" * 65536 for _ in range(64))
     is_failure(client.post("/inpaint", content=chunks), 413, "at most 1048576 bytes")  # without a length
+    with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as polite:
+        polite.sendall(b"POST /inpaint HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2000000\r\n\r\n")
+        polite.settimeout(10)
+        assert polite.recv(4096).startswith(b"HTTP/1.1 413 ")  # not 100
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(client: httpx.Client, picture: Any) -> None:
@@ -297,6 +320,36 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(client: httpx.Clien
     for files in ({"image": huge, "mask": png(HOLE)}, {"image": png(picture), "mask": huge}):
         is_failure(client.post("/inpaint", files=files), 413, "500x500: expected at most 200000 pixels")
     assert image_io.FORMATS  # the decoder itself takes more
+
+
+def test_masks_larger_than_their_pictures_are_decoded_within_the_same_limit(
+    client: httpx.Client, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is 200,000 pixels, and twice as many at a time; these masks have 193,600."""
+    large = np.full((440, 440), 255, np.uint8)
+    lock, now, most = threading.Lock(), 0, 0
+
+    def slow(path: Path, data: bytes) -> Image.Image:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.3)
+        with lock:
+            now -= 1
+        return open_mask(path, data)
+
+    monkeypatch.setattr(filling, "open_mask", slow)
+    with ThreadPoolExecutor(4) as pool:
+        files = {"image": png(picture), "mask": png(large)}
+        answers = [pool.submit(client.post, "/inpaint", files=files) for _ in range(4)]
+        for answer in answers:
+            is_failure(answer.result(), 400, "the mask is 440x440")
+        assert most <= 2
+        wish = {"mask": uri(png(large)), "operate": "reverse"}
+        answers = [pool.submit(client.post, "/api/v1/adjust_mask", json=wish) for _ in range(4)]
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+        assert most <= 2
 
 
 def test_the_strategy_original_has_a_limit_of_its_own(model: Path) -> None:
@@ -309,24 +362,25 @@ def test_the_strategy_original_has_a_limit_of_its_own(model: Path) -> None:
 
 
 def test_token(model: Path, picture: Any) -> None:
-    secret = "correct horse battery"
+    secret = "correct h\u00f6rse battery"
     with serving(model, token=secret) as client:
         files = {"image": png(picture), "mask": png(HOLE)}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {secret}"}):
+        basic, right = ({"Authorization": f"{scheme} {secret}".encode()} for scheme in ("Basic", "bearer"))
+        for headers in ({}, {"Authorization": "Bearer wrong"}, basic):
             answer = client.post("/inpaint", files=files, headers=headers)
             is_failure(answer, 401, "Authorization: Bearer")
             assert answer.headers["www-authenticate"] == "Bearer"
         for path in ("/api/v1/model", "/metrics", "/openapi.json"):
             assert client.get(path).status_code == 401
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
-        right = {"Authorization": f"bearer {secret}"}
         assert client.post("/inpaint", files=files, headers=right).status_code == 200
         assert "HTTPBearer" in client.get("/openapi.json", headers=right).text
 
 
 def test_hosts_and_origins(model: Path) -> None:
     origin = {"Origin": "https://example.org"}
-    with serving(model, hosts=("127.0.0.1",), cors=("https://example.org",)) as client:
+    with serving(model, hosts=("127.0.0.1", "Proxy.example"), cors=("https://example.org",)) as client:
+        assert client.get("/api/v1/model", headers={"Host": "proxy.example:443"}).status_code == 200
         is_failure(client.get("/api/v1/model", headers={"Host": "rebound.example:80"}), 400, "--allowed-host")
         answer = client.get("/api/v1/model", headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://example.org"
@@ -410,6 +464,72 @@ def test_a_client_that_leaves_makes_room(model: Path, picture: Any) -> None:
         until(lambda: client.get("/readyz").status_code == 200)
         assert client.post("/inpaint", files=files).status_code == 200
     assert len(gate.shapes) == 3  # the warm-up, the one in the model, the last: never the one that only waited
+
+
+def test_a_request_that_is_given_up_holds_no_picture_while_it_waits_for_a_thread(model: Path) -> None:
+    inpainter, _ = gated(model)
+    filler = Filler(
+        inpainter, queue=64, timeout=60, max_pixels=9, max_batch=1, batch_delay=0, metrics=observing.Metrics()
+    )
+    gate = threading.Event()
+
+    async def stays() -> Any:
+        await asyncio.Event().wait()
+
+    async def leaves() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def ask() -> None:
+        busy = [asyncio.create_task(filler.run(stays, "", gate.wait)) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        picture = np.zeros(9)
+        held = weakref.ref(picture)
+        with pytest.raises(RequestError, match="the client left"):
+            await filler.run(leaves, "", picture.sum)
+        del picture
+        gc.collect()
+        still_there = held() is not None
+        gate.set()
+        assert await asyncio.gather(*busy) == [True] * 5
+        assert not still_there
+
+    asyncio.run(ask())
+    filler.close()
+
+
+def test_an_upload_is_in_memory_once_while_it_waits(model: Path, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(Filler, "fill", lambda *_: closed.extend(file.file.closed for file in uploads) or _filled())
+    uploads: list[UploadFile] = []
+    read = UploadFile.read
+
+    async def noted(file: UploadFile, size: int = -1) -> bytes:
+        uploads.append(file)
+        return await read(file, size)
+
+    monkeypatch.setattr(UploadFile, "read", noted)
+    with serving(model) as client:
+        assert client.post("/inpaint", files={"image": png(picture), "mask": png(HOLE)}).status_code == 200
+    assert closed == [True, True]
+
+
+def _filled() -> Filled:
+    return Filled(b"", "image/png", 1, 1, FillReport("auto", 1, 1, 0.0))
+
+
+def test_a_thread_that_cannot_be_started_leaves_no_place_taken(
+    model: Path, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_pool: ThreadPoolExecutor) -> None:
+        raise RuntimeError("can't start new thread")
+
+    files = {"image": png(picture), "mask": png(HOLE)}
+    with serving(model, queue=1) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(ThreadPoolExecutor, "_adjust_thread_count", none_left)
+            is_failure(client.post("/inpaint", files=files), 500, "the server failed")
+        until(lambda: client.get("/readyz").status_code == 200, 5)
+        assert client.post("/inpaint", files=files).status_code == 200
 
 
 def test_a_slow_body_is_given_up(model: Path) -> None:

@@ -3,6 +3,7 @@
 
 import { fillInBrowser, load } from "./browser.js";
 import { listen } from "./gestures.js";
+import { keep, recall } from "./memory.js";
 import { keepDecoded, openPicture } from "./picture.js";
 import { fillOnServer } from "./server.js";
 import { maskOf } from "./shapes.js";
@@ -287,9 +288,9 @@ at("theme").addEventListener("click", () => {
   const { style } = document.documentElement;
   const dark = style.colorScheme ? style.colorScheme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   style.colorScheme = dark ? "light" : "dark";
-  localStorage.setItem("misf.theme", style.colorScheme);
+  keep("localStorage", "misf.theme", style.colorScheme);
 });
-document.documentElement.style.colorScheme = localStorage.getItem("misf.theme") ?? "";
+document.documentElement.style.colorScheme = recall("localStorage", "misf.theme") ?? "";
 
 const narrow = matchMedia("(max-width: 760px)");
 const unfold = () => (at("more").open = !narrow.matches);
@@ -311,7 +312,9 @@ for (const type of ["dragover", "dragleave", "drop"]) {
     if (type === "drop") take(event.dataTransfer);
   });
 }
-window.addEventListener("paste", (event) => take(event.clipboardData));
+window.addEventListener("paste", (event) => {
+  if (!document.querySelector("dialog[open]")) take(event.clipboardData); // else it is the token
+});
 
 function take(transfer) {
   const files = [...(transfer?.files ?? [])];
@@ -384,7 +387,6 @@ if (page.network && "serviceWorker" in navigator) isolate();
 async function isolate() {
   await navigator.serviceWorker.register("service-worker.js");
   await navigator.serviceWorker.ready;
-  if (crossOriginIsolated || sessionStorage.getItem("misf.isolated") || state() || busy) return;
-  sessionStorage.setItem("misf.isolated", "tried");
-  location.reload();
+  if (crossOriginIsolated || recall("sessionStorage", "misf.isolated") || state() || busy) return;
+  if (keep("sessionStorage", "misf.isolated", "tried")) location.reload();
 }

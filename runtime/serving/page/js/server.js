@@ -1,7 +1,9 @@
 // Fills on the server: the file's own bytes and a mask go there, the file comes back in its own format.
 
+import { keep, recall } from "./memory.js";
+
 const BUSY_TRIES = 4;
-let token = sessionStorage.getItem("misf.token");
+let token = recall("sessionStorage", "misf.token");
 
 /** The filled picture's file. askToken: () => Promise of a token or null, for a server that wants one. */
 export async function fillOnServer({ picture, mask, strategy, grow, feather, signal, say, askToken }) {
@@ -14,7 +16,7 @@ export async function fillOnServer({ picture, mask, strategy, grow, feather, sig
     const answer = await post(`inpaint?${query}`, form, signal);
     if (answer.ok) return answer.blob();
     if (answer.status === 401 && (token = await askToken())) {
-      sessionStorage.setItem("misf.token", token);
+      keep("sessionStorage", "misf.token", token);
     } else if (answer.status === 503 && tries < BUSY_TRIES) {
       const seconds = Math.min(30, Number(answer.headers.get("Retry-After")) || 2);
       say(`The server is busy. Trying again in ${seconds} s`);
@@ -49,7 +51,7 @@ async function explained(answer) {
     503: "The server is busy. Fill again in a minute.",
     504: "The fill took longer than this server allows. Paint less, or choose “the surroundings of each hole”.",
   };
-  if (answer.status === 401) sessionStorage.removeItem("misf.token");
+  if (answer.status === 401) keep("sessionStorage", "misf.token", "");
   if (said) return known[answer.status] ? `${known[answer.status]} (${said})` : said;
   return known[answer.status] ?? `The server answered with an error (${answer.status}). Its log says more.`;
 }
