@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,8 +43,36 @@ def available_bytes() -> int | None:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use, or its container's quota of processor time is worth."""
+    return quota_cores() or _allowed_cores()
+
+
+def quota_cores() -> int | None:
+    """Return how many cores, rounded up, the container's quota of processor time is worth; None if it is worth all.
+
+    Libraries that compute on many cores count those of the machine. With more threads than the quota is worth, Linux
+    stops all of them for most of every tenth of a second.
+    """
+    for read in (_quota, _quota_of_version_1):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            quota, period = read()
+            if quota > 0 and (cores := math.ceil(quota / period)) < _allowed_cores():
+                return cores
+    return None
+
+
+def _allowed_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> tuple[int, int]:
+    quota, period = (CGROUP / "cpu.max").read_text().split()
+    return int(quota), int(period)
+
+
+def _quota_of_version_1() -> tuple[int, int]:
+    quota, period = (int((CGROUP / f"cpu/cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+    return quota, period
 
 
 def _cached_files(counters: Path, prefix: str) -> int:

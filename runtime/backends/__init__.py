@@ -22,6 +22,7 @@ from pathlib import Path
 from ...plugins.shared.errors import MisfError
 from ...plugins.shared.extras import is_installed, need, need_onnx_runtime
 from ...plugins.shared.shipped import SHIPPED, shipped_checkpoint, shipped_model
+from ..memory import quota_cores
 from .contract import BACKENDS, CHECKPOINTS, ENGINES, PRECISIONS, Backend, parse_device
 
 log = logging.getLogger(__name__)
@@ -41,13 +42,14 @@ def open_backend(
         backend: one of BACKENDS, or "auto".
         device: "auto", "cpu", "cuda" or "cuda:N"; None: MISF_DEVICE, or else "auto".
         precision: precision of the computation; "auto": that of the file or, on OpenVINO, the processor's best.
-        threads: number of CPU threads; None: the library's default.
+        threads: number of CPU threads; None: the library's default, or what a container's quota is worth.
 
     Raises:
         ValueError, MisfError: the file is not a model that the backend can run.
         EnvironmentMismatch: a requested library or GPU is missing.
 
     """
+    threads = threads or quota_cores()
     path = shipped_checkpoint(model) if backend == "pytorch" else shipped_model(model)
     device = parse_device(device or os.environ.get("MISF_DEVICE") or "auto")
     for what, value, known in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 THRESHOLD = 127
 MOSTLY_HOLE = 0.7
+BAND_ROWS = 512
 GREY_BITS = "misf.grey_bits"  # in `info` of a picture
 
 
@@ -136,14 +137,22 @@ def feathered(mask: Mask, pixels: int) -> NDArray[np.float32]:
 
 
 def _distance(mask: Mask, reach: int) -> NDArray[np.float32]:
-    """Return float32 H,W: the distance of every pixel to the hole where that is at most `reach`, else infinity."""
+    """Return float32 H,W: the distance of every pixel to the hole where that is at most `reach`, else more.
+
+    It is computed in bands of rows, because SciPy needs 17 bytes a pixel.
+    """
     distance = np.full(mask.shape, np.inf, np.float32)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows):
-        from scipy.ndimage import distance_transform_edt
+    if not len(rows):
+        return distance
+    from scipy.ndimage import distance_transform_edt
 
-        near = tuple(slice(max(found[0] - reach, 0), found[-1] + reach + 1) for found in (rows, columns))
-        distance[near] = distance_transform_edt(~mask[near])
+    near = slice(max(columns[0] - reach, 0), columns[-1] + reach + 1)
+    for top in range(max(rows[0] - reach, 0), min(rows[-1] + reach + 1, len(mask)), BAND_ROWS):
+        above = min(top, reach)
+        hole = mask[top - above : top + BAND_ROWS + reach, near]
+        if hole.any():
+            distance[top : top + BAND_ROWS, near] = distance_transform_edt(~hole)[above : above + BAND_ROWS]
     return distance
 
 

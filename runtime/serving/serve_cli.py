@@ -33,6 +33,7 @@ LEAST_TOKEN = 16
 BACKLOG = 2048
 STARTING_SECONDS = 120
 UNREAD_SECONDS = 60
+KEPT_SECONDS = 75  # longer than load balancers keep theirs (60), or they would send into a connection that we close
 M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20  # blocks from this size on go back to the system at once
 
 
@@ -133,8 +134,10 @@ def main(
       curl -F image=@photo.jpg -F mask=@mask.png http://127.0.0.1:8080/inpaint -o filled.jpg
     """
     need("misf-serve", "serve", "fastapi", "uvicorn", "python_multipart", "prometheus_client")
+    from ..memory import usable_cores
+
     if workers > 1 and threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        threads = max(1, usable_cores() // workers)
     settings = ServerSettings(
         model=str(model),
         threads=threads,
@@ -216,6 +219,7 @@ def uvicorn_config(app: Any, settings: ServerSettings, **options: Any) -> uvicor
         server_header=False,
         backlog=BACKLOG,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=KEPT_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.timeout),
         **options,
     )

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
+from scipy.ndimage import distance_transform_edt
 
+from misf.runtime.pictures import masks as mask_module
 from misf.runtime.pictures import png16
 from misf.runtime.pictures.canvas import ArrayCanvas, PillowCanvas
 from misf.runtime.pictures.geometry import Box
@@ -375,6 +377,18 @@ def test_a_grown_mask_reaches_so_many_pixels_and_no_further() -> None:
     for pixels in (0, 1, 4):
         np.testing.assert_array_equal(grown_mask(dot, pixels), (rows - 9) ** 2 + (columns - 14) ** 2 <= pixels**2)
     assert not grown_mask(np.zeros((4, 4), np.bool_), 3).any()
+
+
+@pytest.mark.parametrize("reach", [1, 6, 40])
+def test_distances_are_scipys_whatever_the_bands(reach: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_module, "BAND_ROWS", 7)
+    for mask in np.random.default_rng(0).random((3, 61, 50)) > np.array([0.7, 0.98, 0.9995])[:, None, None]:
+        mask[20:52] = False
+        expected = distance_transform_edt(~mask) if mask.any() else np.full(mask.shape, np.inf)
+        found = mask_module._distance(mask, reach)
+        near = expected <= reach
+        np.testing.assert_allclose(found[near], expected[near], rtol=1e-6)
+        assert (found[~near] > reach).all()
 
 
 # Canvases

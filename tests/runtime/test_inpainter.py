@@ -269,6 +269,26 @@ def test_memory_is_what_linux_says_within_the_limit_of_the_container(tmp_path: P
         (tmp_path / limit).unlink()
 
 
+def test_threads_are_as_many_as_the_container_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_onnx: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(64)))
+    assert memory.quota_cores() is None
+    (tmp_path / "cpu").mkdir()
+    for quota, cores in ((-1, None), (150_000, 2), (6_400_000, None)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+        assert memory.quota_cores() == cores
+    for text, cores in (("max 100000\n", None), ("50000 100000\n", 1), ("300000 100000\n", 3)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert memory.quota_cores() == cores
+    assert memory.usable_cores() == 3
+    session = open_backend(tiny_onnx, "onnxruntime", "cpu")._session  # type: ignore[attr-defined]
+    assert session.get_session_options().intra_op_num_threads == 3
+
+
 def _without_meminfo(read: Any) -> Any:
     def read_text(path: Path, *arguments: Any, **settings: Any) -> Any:
         if path == Path("/proc/meminfo"):
