@@ -100,8 +100,10 @@ def plain_routes(filler: Filler, model: str) -> APIRouter:
             response = Response(filled.data, media_type=filled.media_type)
         return with_facts(response, filler, started)
 
-    @router.get("/healthz", summary="Whether the server lives")
+    @router.get("/healthz", summary="Whether the server lives, with its model", responses=documented(503))
     async def healthz() -> Health:
+        if not backend.alive:
+            raise RequestError(503, "the model does not run: start this server again")
         return Health(status="ok")
 
     @router.get("/readyz", summary="Whether a request would be taken", responses=documented(503))

@@ -435,6 +435,15 @@ def test_requests_of_one_size_share_runs_and_each_gets_its_own_answer(model: Pat
     assert 'misf_batch_size_bucket{le="6.0"} 2.0' in counted
 
 
+def test_a_server_whose_model_has_ended_is_not_healthy(model: Path) -> None:
+    inpainter, _ = gated(model)
+    with serving(model, inpainter) as client:
+        assert client.get("/healthz").status_code == 200
+        inpainter.backend.close()
+        for route in ("/healthz", "/readyz"):
+            is_failure(client.get(route), 503, "the model does not run")
+
+
 def test_a_deadline_ends_a_request_and_the_next_one_is_served(model: Path, picture: Any) -> None:
     inpainter, gate = gated(model)
     files = {"image": png(picture), "mask": png(HOLE)}

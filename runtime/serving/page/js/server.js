@@ -46,7 +46,7 @@ async function explained(answer) {
     // No JSON: another machine between here and our server has answered.
   }
   const known = {
-    401: "The server did not accept the token. Fill again to enter another.",
+    401: "This server asks for a token that it knows. Fill again to enter one.",
     413: "The picture is larger than this server accepts. Reduce it, or ask its operator to raise the limit.",
     503: "The server is busy. Fill again in a minute.",
     504: "The fill took longer than this server allows. Paint less, or choose “the surroundings of each hole”.",
