@@ -6,12 +6,13 @@ The values are means over the pictures of a band:
 - Lite2: the feature distance of EfficientNet-Lite2, as in `misf-eval --feature-distance`.
 - gradient: the sum of absolute differences of neighbouring pixels in the hole, over the band's pictures, as a fraction
   of the truth's.
-- grid: the fraction of the fill's high frequencies that depends on the pixel's position modulo 2, 4, 8 and 16 (the
-  largest of the four), minus that of the truth; near 0 for a fill without a grid.
+- grid: the fraction of the fill's high frequencies, and of the variations of their strength, that depends on the
+  pixel's position modulo 2, 4, 8 and 16 (the largest of the eight), minus that of the truth; near 0 without a grid.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -32,7 +33,8 @@ from misf.training.mask_drawing import Mask
 log = logging.getLogger("misf.benchmarks")
 
 PERIODS = (2, 4, 8, 16)
-TILE = 64  # pixels; the sign of a grid may change from tile to tile
+TILE = 64  # pixels
+KINDS = ("detail", "strength")
 Plane = NDArray[np.float64]
 
 
@@ -85,7 +87,8 @@ def _detail(case: Case, result: Picture) -> dict[str, float]:
         grey = picture.astype(np.float64).mean(axis=2)
         found[f"gradient_{name}"] = gradient_sum(grey, case.hole)
         for period in PERIODS:
-            found[f"grid{period}_{name}"] = grid_share(grey, case.hole, period)
+            shares = grid_shares(grey, case.hole, period)
+            found |= {f"{kind}{period}_{name}": share for kind, share in zip(KINDS, shares, strict=True)}
     return found
 
 
@@ -95,17 +98,27 @@ def gradient_sum(grey: Plane, hole: Mask) -> float:
     return float((down * (hole[1:] & hole[:-1])).sum() + (across * (hole[:, 1:] & hole[:, :-1])).sum())
 
 
-def grid_share(grey: Plane, hole: Mask, period: int) -> float:
-    """Return the fraction of the energy of high frequencies that is in their means by position modulo `period`.
+def grid_shares(grey: Plane, hole: Mask, period: int) -> tuple[float, float]:
+    """Return the fraction of the energy that is in the means by position modulo `period`, of the two KINDS.
 
-    It is computed in tiles of TILE pixels that are mostly inside the hole, away from its edges; NaN if there are none.
-    By chance alone it is about period^2 / TILE^2, also for the truth.
+    They are computed in tiles of TILE pixels that are mostly inside the hole, away from its edges; NaN if there are
+    none. By chance alone they are about period^2 / TILE^2, also for the truth.
+
+    detail: what a blur of sigma 2 takes away. Its sign may change from tile to tile.
+    strength: the variations of its absolute value, what a blur of sigma 6 takes away; strokes in a grid have it,
+        whatever their signs.
     """
-    fine = grey - gaussian_filter(grey, 2.0)
     inside = binary_erosion(hole, iterations=4)
+    detail = grey - gaussian_filter(grey, 2.0)
+    strength = np.where(inside, np.abs(detail), 0.0)
+    around = gaussian_filter(strength, 6.0) / np.maximum(gaussian_filter(inside.astype(np.float64), 6.0), 1e-3)
+    return _grid_share(detail, inside, period), _grid_share(strength - around, inside, period)
+
+
+def _grid_share(fine: Plane, inside: Mask, period: int) -> float:
     energy = explained = 0.0
-    for top in range(0, grey.shape[0] - TILE + 1, TILE // 2):
-        for left in range(0, grey.shape[1] - TILE + 1, TILE // 2):
+    for top in range(0, fine.shape[0] - TILE + 1, TILE // 2):
+        for left in range(0, fine.shape[1] - TILE + 1, TILE // 2):
             where = inside[top : top + TILE, left : left + TILE]
             if where.mean() < 0.5:
                 continue
@@ -127,15 +140,17 @@ def _report(method: Method, variant: str, rows: list[dict[str, float]]) -> dict[
     for band in GROUPS["band"]:
         chosen = [index for index, (_, of) in enumerate(method.labels) if of == band]
         sums = {key: sum(rows[i][key] for i in chosen) for key in ("gradient_fill", "gradient_truth")}
-        excess = [
-            float(np.nanmean([rows[i][f"grid{period}_fill"] - rows[i][f"grid{period}_truth"] for i in chosen]))
-            for period in PERIODS
-        ]
+        excess = {
+            f"{kind}{period}": float(
+                np.nanmean([rows[i][f"{kind}{period}_fill"] - rows[i][f"{kind}{period}_truth"] for i in chosen])
+            )
+            for kind, period in itertools.product(KINDS, PERIODS)
+        }
         bands[band] = {
             **{key: means[band][key] for key in ("psnr_db", "ssim", variant)},
             "gradient": sums["gradient_fill"] / sums["gradient_truth"],
-            "grid": max(excess),
-            "grid_by_period": dict(zip(map(str, PERIODS), excess, strict=True)),
+            "grid": max(excess.values()),
+            "grids": excess,
         }
     return {"name": method.name, "bands": bands}
 

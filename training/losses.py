@@ -149,11 +149,13 @@ def feature_distance_loss(distance: Tensor) -> Tensor:
 
 
 def grid_loss(composite: Tensor, mask: Tensor, *, period: int = 16) -> Tensor:
-    """Return the fraction of the fill's fine detail that repeats every `period` pixels, averaged over samples.
+    """Return how much of the fill's fine detail repeats every `period` pixels, averaged over samples.
 
-    Detail is what a blur by 7x7 takes away. In windows of 4x4 periods that are mostly hole, its means by position
-    within the period are compared with all of it: about 1/16 for detail without a grid, 1 for nothing but a grid.
-    Feature distances do not mind such a grid, and transposed convolutions with strides of 2 paint it easily.
+    It is the sum of two fractions: of the energy of the detail (what a blur by 7x7 takes away), and of the energy of
+    the variations of its strength, so that a grid of strokes of either sign counts too. In windows of 4x4 periods that
+    are mostly hole, means by position within the period are compared with everything: a fraction is about 1/16 without
+    a grid, 1 for nothing but a grid. Feature distances do not mind such a grid, and transposed convolutions with
+    strides of 2 paint it easily.
 
     Args:
         composite: N,3,H,W; 0 is returned if H or W is less than 4 periods.
@@ -164,7 +166,6 @@ def grid_loss(composite: Tensor, mask: Tensor, *, period: int = 16) -> Tensor:
     height, width = (side // period * period for side in mask.shape[2:])
     if min(height, width) < 4 * period:
         return 0 * composite.sum()
-    detail = (composite - F.avg_pool2d(composite, 7, stride=1, padding=3, count_include_pad=False)) * mask
 
     def window_means(x: Tensor) -> Tensor:
         """Return the means by position in the period: N,C*period^2,h,w of N,C,H,W."""
@@ -172,9 +173,16 @@ def grid_loss(composite: Tensor, mask: Tensor, *, period: int = 16) -> Tensor:
 
     inside = window_means(mask)
     chosen = (inside.mean(dim=1, keepdim=True) > 0.5).to(composite.dtype)
-    repeated = window_means(detail).square() / inside.repeat(1, 3, 1, 1).clamp(min=1 / 16)
-    parts = [(x * chosen).sum(dim=(1, 2, 3)) for x in (repeated, window_means(detail.square()))]
-    return (parts[0] / (parts[1] + 1e-6)).mean()
+
+    def repeated(x: Tensor) -> Tensor:
+        means = window_means(x).square() / inside.repeat(1, x.shape[1], 1, 1).clamp(min=1 / 16)
+        parts = [(part * chosen).sum(dim=(1, 2, 3)) for part in (means, window_means(x.square()))]
+        return (parts[0] / (parts[1] + 1e-6)).mean()
+
+    detail = (composite - F.avg_pool2d(composite, 7, stride=1, padding=3, count_include_pad=False)) * mask
+    strength = detail.abs().mean(dim=1, keepdim=True)
+    around = [F.avg_pool2d(x, 17, stride=1, padding=8) for x in (strength, mask)]
+    return repeated(detail) + repeated((strength - around[0] / around[1].clamp(min=1e-3)) * mask)
 
 
 def feature_matching_loss(of_prediction: Sequence[Tensor], of_image: Sequence[Tensor]) -> Tensor:

@@ -72,7 +72,7 @@ class Recipe:
     distance: float = 0.0
     """Logarithm of the feature distance between composite and truth (`efficientnet.py`), averaged over samples."""
     grid: float = 0.0
-    """The fraction of the fill's fine detail that repeats every 16 pixels."""
+    """How much of the fill's fine detail repeats every 16 pixels (`losses.grid_loss`)."""
     teacher: float = 0.0
     """The loss `hole`, of the fill of a trained network in place of the truth."""
     hole_patches: bool = False
