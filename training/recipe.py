@@ -217,7 +217,6 @@ RECIPES: dict[str, Recipe] = {
     "looks": Recipe(
         steps=8_000,
         batch=8,
-        crop=192,
         zoom_out=1.25,
         shuffle_colors=True,
         l1=0.0,
