@@ -162,4 +162,7 @@ class JsonLines(logging.Handler):
         line |= getattr(record, "record", {})
         if record.exc_info:
             line["traceback"] = logging.Formatter().formatException(record.exc_info)
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        try:
+            print(json.dumps(line), file=sys.stderr, flush=True)
+        except OSError:  # a full disk or a closed pipe is no reason to fail a request
+            self.handleError(record)
