@@ -21,7 +21,7 @@ from misf.training.dataset import Pictures, picture_paths
 from misf.training.efficientnet import load_feature_distance
 from misf.training.judging.eval_cli import main as eval_main
 from misf.training.mask_drawing import RandomMasks
-from misf.training.model.checkpoint import load_checkpoint, save_checkpoint, take_weights
+from misf.training.model.checkpoint import load_checkpoint, load_model, save_checkpoint, take_weights
 from misf.training.model.network import InpaintingNetwork, composite
 from misf.training.recipe import RECIPES, Recipe
 from misf.training.resident import ResidentSamples
@@ -256,6 +256,21 @@ def test_grid_shares_find_a_grid_and_nothing_in_noise() -> None:
     strokes = np.tile(np.kron(np.eye(1, 4), np.ones((6, 2)))[:8], (1, 16))
     strokes = 3 * signs * np.tile(np.vstack([strokes, np.zeros((2, 128))]), (16, 1))
     assert measure(noise + strokes, hole, 8)[1] > 0.3
+
+
+def test_the_shipped_network_paints_no_grid() -> None:
+    """Less of one in a large hole than photographs have (0.17); weights trained without the loss had 0.16 or more."""
+    network, samples = load_model("misf-small"), Path(__file__).parents[2] / "runtime" / "samples"
+    pictures = []
+    for path in sorted(samples.glob("*.jpg")):
+        with Image.open(path) as picture:
+            left, top = (picture.width - 256) // 2, (picture.height - 256) // 2
+            pictures.append(np.asarray(picture.convert("RGB").crop((left, top, left + 256, top + 256))))
+    image = torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2).copy()).float() / 255
+    mask = torch.zeros(len(pictures), 1, 256, 256)
+    mask[..., 32:224, 32:224] = 1
+    with torch.inference_mode():
+        assert float(losses.grid_loss(composite(image, network(image, mask), mask), mask)) < 0.13
 
 
 def test_gradient_sum_is_that_of_the_hole() -> None:
