@@ -7,9 +7,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .pictures.geometry import Size
+if TYPE_CHECKING:
+    from .pictures.geometry import Size  # which brings NumPy; --help is quick without it
 
 # Full-resolution channels alive at once, in units of the network's width. Measured on the full-size network at
 # 1024x1024: 12 with ONNX Runtime, 6 with OpenVINO. A lower bound, so that nothing is refused that would have run.

@@ -82,10 +82,11 @@ def test_the_small_network_in_eight_bits_runs(tmp_path: Path) -> None:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(feeds, None)
 
+    # Weights of seven bits: processors without VNNI add pairs of 8-bit products in 16 bits, which overflow.
     types = {"activation_type": quantization.QuantType.QUInt8, "quant_format": quantization.QuantFormat.QDQ}
-    quantization.quantize_static(float32, eight_bits, Reader(), **types)
+    quantization.quantize_static(float32, eight_bits, Reader(), reduce_range=True, **types)
     difference = np.abs(run(eight_bits, image, mask) - run(float32, image, mask))[:, :, mask[0, 0] > 0.5]
-    assert 0 < difference.mean() < 0.1
+    assert 0 < difference.mean() < 0.02
 
 
 def test_nan_under_the_mask_does_not_spread(tiny_onnx: Path) -> None:
