@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .failures import failure_response, response_for
 from .filling import Filler
 from .guard import Guard
 from .iopaint import iopaint_routes
-from .observing import WORKERS_FOLDER, Metrics, Observed, forget_dead_workers
+from .observing import ADDRESS_NOTE, WORKERS_FOLDER, Metrics, Observed, forget_dead_workers
 from .routes import plain_routes
 from .settings import ServerSettings
 
@@ -51,8 +51,13 @@ TYPES = {
 READABLE_BY_SCRIPTS = ["X-Seed", "X-Process-Time", "X-Precision", "X-Request-Id", "Retry-After"]
 
 
-def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> ASGIApp:
-    """Return the application; the model is loaded now, and is warm when the server takes its first request."""
+def create_app(
+    settings: ServerSettings, inpainter: Inpainter | None = None, on_ready: Callable[[], None] = lambda: None
+) -> ASGIApp:
+    """Return the application; the model is loaded now, and is warm when the server takes its first request.
+
+    on_ready: called once, when requests that the socket holds will be taken.
+    """
     metrics = Metrics()
     filler = Filler(
         inpainter or open_inpainter(settings),
@@ -68,6 +73,7 @@ def create_app(settings: ServerSettings, inpainter: Inpainter | None = None) -> 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         filler.warm_up()
+        on_ready()
         yield
         filler.close()
 
@@ -129,7 +135,16 @@ def app_from_environment() -> ASGIApp:
     prepare_process(settings)
     forget_dead_workers()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    return create_app(settings)
+    return create_app(settings, on_ready=say_ready)
+
+
+def say_ready() -> None:
+    """Print the address, which our parent process left for the first worker that is ready."""
+    note = Path(os.environ[WORKERS_FOLDER]) / ADDRESS_NOTE
+    with contextlib.suppress(FileNotFoundError):
+        address = note.read_text(encoding="utf-8")
+        note.unlink()
+        print(address, flush=True)
 
 
 def _end_with_parent() -> None:

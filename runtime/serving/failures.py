@@ -68,7 +68,7 @@ def response_for(error: Exception) -> Response:
     return failure_response(500, "the server failed; its log says why, under the X-Request-Id of this answer")
 
 
-FILLING = (400, 401, 408, 413, 415, 422, 500, 503)
+FILLING = (400, 401, 408, 413, 415, 422, 500, 503, 504)
 """How a request to fill a picture may fail."""
 
 
@@ -82,7 +82,8 @@ def documented(*statuses: int, success: dict[str, Any] | None = None) -> dict[in
         415: "The file is not a picture that misf reads.",
         422: "A field is missing or wrong, or a picture is damaged.",
         500: "The server failed.",
-        503: "The queue is full, or the request was not finished by its deadline. Retry-After says when to try again.",
+        503: "The queue or the memory is full. Retry-After says when to try again.",
+        504: "The request was not finished by its deadline.",
     }
     failures: dict[int | str, dict[str, Any]] = {
         status: {"model": Failure, "description": texts[status]} for status in statuses

@@ -172,7 +172,7 @@ class Filler:
 
         to_hole: makes the hole of the mask's picture, at its own size.
 
-        Raises RequestError (400, 413, 415, 503), ValueError for what is damaged, MisfError when the model fails.
+        Raises RequestError (400, 413, 415, 503, 504), ValueError for what is damaged, MisfError when the model fails.
         """
         pixels = declared_pixels(image, PICTURE, self._max_pixels)
         if settings.strategy == "original" and pixels > LARGEST_ORIGINAL:

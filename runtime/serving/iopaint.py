@@ -168,7 +168,7 @@ def iopaint_routes(filler: Filler, model: str) -> APIRouter:
         "/adjust_mask",
         response_class=Response,
         responses=documented(
-            400, 401, 408, 413, 415, 422, 503, success={"content": {"image/png": PICTURES["image/png"]}}
+            400, 401, 408, 413, 415, 422, 503, 504, success={"content": {"image/png": PICTURES["image/png"]}}
         ),
     )
     async def adjust_mask(request: Request, wish: AdjustMaskRequest) -> Response:

@@ -68,7 +68,7 @@ class Ticket:
 
     def too_late(self) -> RequestError:
         """Return the failure of a request that was not finished by its deadline."""
-        return RequestError(503, f"not finished within {self.seconds:g} s: try again, or send a smaller picture", 5)
+        return RequestError(504, f"not finished within {self.seconds:g} s: send a smaller picture, or try again later")
 
 
 ticket_at_work: contextvars.ContextVar[Ticket | None] = contextvars.ContextVar("ticket_at_work", default=None)
@@ -113,7 +113,8 @@ class MicroBatchingBackend:
         self._max_batch = max_batch if self.limits is None else min(max_batch, self.limits.max[0])
         self._calls: deque[_Call] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._broken = False
+        self._known: tuple[Tensor, Tensor] | None = None  # a call that the model once answered
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -135,8 +136,8 @@ class MicroBatchingBackend:
 
     @property
     def alive(self) -> bool:
-        """Whether calls are still answered."""
-        return self._thread.is_alive() and not self._closed
+        """Whether calls are still answered, and the model did not fail at what it once did."""
+        return self._thread.is_alive() and not self._closed and not self._broken
 
     def close(self) -> None:
         """Answer the calls that wait and end the thread."""
@@ -192,10 +193,24 @@ class MicroBatchingBackend:
                 raise MisfError(f"the model returned the shape {output.shape} for pictures of {images.shape}")
         except BaseException as error:  # whatever it is, it belongs to the callers; the thread lives on
             if len(batch) == 1:
+                self._broken = self._fails_at_all()
                 batch[0].answer.set_exception(error)
             else:
                 for call in batch:  # one of them may be at fault, or all together were too large
                     self._answer([call])
             return
+        self._broken = False
+        if self._known is None:
+            self._known = batch[0].image, batch[0].mask
         for number, call in enumerate(batch):
             call.answer.set_result(output[number : number + 1])
+
+    def _fails_at_all(self) -> bool:
+        """Return whether the model fails at a known call too: after some errors a GPU fails until its process ends."""
+        if self._known is None:
+            return True
+        try:
+            self._backend(*self._known)
+        except BaseException:
+            return True
+        return False

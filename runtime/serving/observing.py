@@ -27,6 +27,8 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 WORKERS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+ADDRESS_NOTE = "address"
+"""File in that folder: what the first worker that is ready prints."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' blob: data:; font-src 'self' data:; "

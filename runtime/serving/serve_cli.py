@@ -248,7 +248,7 @@ def _serve_by_workers(settings: ServerSettings, listener: socket.socket, address
     from uvicorn.supervisors import Multiprocess
 
     from .app import open_inpainter
-    from .observing import WORKERS_FOLDER
+    from .observing import ADDRESS_NOTE, WORKERS_FOLDER
 
     open_inpainter(settings)  # what is wrong with the model is said once, here
     settings.to_environment()
@@ -261,8 +261,8 @@ def _serve_by_workers(settings: ServerSettings, listener: socket.socket, address
             workers=workers,
             timeout_worker_healthcheck=STARTING_SECONDS,
         )
-        print(address, flush=True)
-        log.info("serving %s at %s by %d workers", Path(settings.model).name, address, workers)
+        (Path(folder) / ADDRESS_NOTE).write_text(address, encoding="utf-8")
+        log.info("starting %s at %s with %d workers", Path(settings.model).name, address, workers)
         supervisor = Multiprocess(config, [listener])
         supervisor.run()
         if any(process.exitcode not in (0, -signal.SIGTERM) for process in supervisor.processes):

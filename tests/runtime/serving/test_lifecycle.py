@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ import numpy as np
 import pytest
 
 from misf.runtime.serving import observing
-from tests.support.serving import MISF_SERVE, png, spawned, until
+from misf.runtime.serving.app import create_app, say_ready
+from misf.runtime.serving.settings import ServerSettings
+from tests.support.serving import MISF_SERVE, gated, png, spawned, until
 from tests.support.tiny_models import mean_fill
 
 pytestmark = pytest.mark.timeout(180)
@@ -133,6 +136,33 @@ def test_killed_and_started_again_clients_only_have_to_retry(
                 client.join(60)
     assert {status for client in clients for status in client.statuses} == {200}
     assert not list(temporary.iterdir())
+
+
+def test_one_worker_prints_the_address_when_its_model_is_warm(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / observing.ADDRESS_NOTE).write_text("http://here", encoding="utf-8")
+    inpainter, gate = gated(model)
+    printed = []
+
+    def on_ready() -> None:
+        printed.append((capsys.readouterr().out, len(gate.shapes)))
+        with monkeypatch.context() as patched:
+            patched.setenv(observing.WORKERS_FOLDER, str(tmp_path))
+            say_ready()
+            say_ready()
+        printed.append((capsys.readouterr().out, len(gate.shapes)))
+
+    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(_message: Any) -> None:
+        pass
+
+    asyncio.run(create_app(ServerSettings(str(model)), inpainter, on_ready)({"type": "lifespan"}, receive, send))
+    assert printed == [("", 1), ("http://here\n", 1)]
 
 
 def test_what_a_dead_worker_had_in_work_is_forgotten_and_what_it_counted_is_not(

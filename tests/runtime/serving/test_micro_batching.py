@@ -144,7 +144,7 @@ def test_a_call_that_waits_is_never_run_when_its_ticket_ends(rng: np.random.Gene
             ticket.cancel()
         with pytest.raises(RequestError) as failure:
             waiting.result(10)
-        assert failure.value.status == (CLIENT_LEFT if cancel else 503)
+        assert failure.value.status == (CLIENT_LEFT if cancel else 504)
         gate.gate.set()
         np.testing.assert_array_equal(running.result(10), FakeBackend()(*first))
     batching.close()

@@ -34,7 +34,7 @@ def test_the_document_names_what_comes_back(client: httpx.Client) -> None:
     for path in ("/inpaint", "/api/v1/inpaint"):
         answers = document["paths"][path]["post"]["responses"]
         assert answers["200"]["content"]["image/png"]["schema"] == {"type": "string", "format": "binary"}
-        assert set(answers) >= {"200", "400", "413", "415", "422", "500", "503"}
+        assert set(answers) >= {"200", "400", "413", "415", "422", "500", "503", "504"}
         failure = answers["503"]["content"]["application/json"]["schema"]
         assert failure == {"$ref": "#/components/schemas/Failure"}
     form = document["components"]["schemas"]["Body_inpaint_inpaint_post"]

@@ -345,9 +345,13 @@ def test_errors_say_what_to_do(site: Site, opened: Open) -> None:
     page.click("#fill")
     page.wait_for_selector("#error:has-text('larger than this server accepts')")
     assert "at most 1 MB" in page.inner_text("#error")
+    site.answers = [(504, {}, {"error": "RequestError", "detail": "not finished within 60 s"})]
+    page.click("#fill")
+    page.wait_for_selector("#error:has-text('longer than this server allows')")
+    assert len(site.requests) == 3  # it would take as long again
     site.answers = [(503, {"Retry-After": "1"}, {"error": "busy"})]
     filled(page)
-    assert len(site.requests) == 4
+    assert len(site.requests) == 5
 
     page.keyboard.press("Control+z")
     page.wait_for_selector("#fill:enabled")
@@ -374,6 +378,24 @@ def test_a_server_that_is_gone_is_an_error_and_nothing_is_lost(inpainter: Inpain
     page.click("#fill")
     page.wait_for_selector("#error:has-text('The server does not answer')")
     page.wait_for_selector("#fill:enabled")
+
+
+def test_keys_without_ctrl_can_be_turned_off(site: Site, opened: Open) -> None:
+    page = opened(site.url)
+    page.keyboard.press("?")
+    page.uncheck("#single-keys")
+    page.keyboard.press("Escape")
+    page.reload()  # it is kept
+    page.wait_for_selector("#samples img")
+    give(page, "cup.png", photograph((99, 99)))
+    stroke(page, (99, 99), (0.4, 0.4), (0.5, 0.4))
+    for key in ("e", "f", "?"):
+        page.keyboard.press(key)
+    assert page.is_checked("input[value=brush]")
+    assert not page.locator("#keys").is_visible()
+    page.keyboard.press("Control+z")
+    page.wait_for_selector("#fill:disabled")
+    assert not site.requests
 
 
 def test_a_browser_that_keeps_nothing_fills(site: Site, opened: Open) -> None:

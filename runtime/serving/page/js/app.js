@@ -336,6 +336,11 @@ for (const [name, text] of Object.entries(SAMPLES)) {
   at("samples").append(button);
 }
 
+at("single-keys").checked = recall("localStorage", "misf.single-keys") !== "off";
+at("single-keys").addEventListener("change", (event) => {
+  keep("localStorage", "misf.single-keys", event.target.checked ? "on" : "off");
+});
+
 window.addEventListener("keydown", (event) => {
   if (document.querySelector("dialog[open]") || event.target.matches("select")) return;
   const control = event.ctrlKey || event.metaKey;
@@ -361,6 +366,7 @@ window.addEventListener("keydown", (event) => {
           else at("error").hidden = true;
         },
       };
+  if (!control && event.key.length === 1 && !at("single-keys").checked) return; // speech input types such keys
   if (!control && !event.altKey && key in tools && state()) choose(tools[key]);
   else if (!event.altKey && actions[key]) actions[key]();
   else return;
