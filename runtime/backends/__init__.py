@@ -121,7 +121,8 @@ def _is_light(path: Path) -> bool:
     """Return whether an ONNX file's network adds detail to a smooth fill, as misf-small does.
 
     Such a network has little to compute in each layer, and ONNX Runtime was faster: OpenVINO took 1.2 times as long
-    (512x512 and 256x256, two cores with AVX-512). Networks of the published kind are mostly large convolutions.
+    (512x512 and 256x256, two cores with AVX-512; with AVX2 both took the same). Networks of the published kind are
+    mostly large convolutions.
     """
     try:
         import onnx
