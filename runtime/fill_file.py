@@ -58,11 +58,13 @@ class FileFiller:
         if mask_path is None:
             picture.make_opaque(hole)
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(job.output, report.hole_pixels > 0, target or picture.format)
+        encoded = picture.encoded(target or picture.format, report.hole_pixels > 0)
         record = {"input": str(job.image), "mask": str(mask_path or job.image), "output": str(job.output)}
-        if before is not None:
-            _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
-            record["concat"] = str(job.comparison)
+        with written_whole(job.output) as temporary:
+            temporary.write_bytes(encoded)
+            if before is not None:  # within, so that a picture that is there has its comparison
+                _save_comparison(job.comparison, before, hole, _panel(picture.canvas))
+                record["concat"] = str(job.comparison)
         seconds = time.perf_counter() - started
         return {**record, "width": width, "height": height, **asdict(report), "seconds": round(seconds, 4)}
 
@@ -76,8 +78,8 @@ class FileFiller:
             check_output(job, mask_path, self._concat, self._force)
             masks, hole = self._inpainter.masks, self._read_mask(mask_path or job.image)
             size = stored_size(job.image)
-            if hole.shape == size[::-1]:
-                size = hole.shape  # the picture is turned by its EXIF; the mask is for what is displayed
+            if hole.shape == size[::-1] != size:  # perhaps it is stored turned; the mask is for what is displayed
+                size = open_picture(job.image, written_format(job.output, job.image)).canvas.size
             hole = masks.fitted(hole, size)
             check_mask(hole, size)
             hole = feathered(hole, masks.feather) > 0 if masks.feather else hole

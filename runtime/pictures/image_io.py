@@ -140,11 +140,19 @@ class Picture:
         image.info = {key: image.info[key] for key in ("transparency", "background", "comment") if key in image.info}
         buffer = io.BytesIO()
         ycck = format_ == self.format == "JPEG" and self.info.get("ycck")
+        options = self._options(format_, said)
         try:
             image = jpeg.to_ycck(image) if ycck else image
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd EXIF, which Pillow reads again for AVIF and WebP
-                image.save(buffer, format_, **self._options(format_, said))
+                try:
+                    image.save(buffer, format_, **options)
+                except OSError:
+                    if not options.get("progressive"):
+                        raise
+                    # Pillow has room for 2 bytes a pixel only where a JPEG is progressive; the pixels are the same.
+                    buffer = io.BytesIO()
+                    image.save(buffer, format_, **options | {"progressive": False})
         except (OSError, ValueError, SystemError) as error:
             raise ValueError(f"the picture cannot be written as {format_}: {error}") from error
         encoded = buffer.getvalue()
@@ -228,24 +236,29 @@ def open_picture(path: Path, write_as: str | None = None, data: bytes | None = N
         raw_mode = png16.raw_mode(image)
         _refuse_deep_tiff(path, image)
         _load(path, image, data)
+        _warn_of_extra_channels(path, image)
         if info.get("inks_inverted"):
             image.paste(ImageChops.invert(image))
-        said = metadata.read_metadata(path.name, image, data)
-        orientation = 1 if format_ == "TIFF" else said.orientation  # Pillow turns a TIFF while it reads it
+        said = metadata.read_metadata(image, data)
+        for sentence in said.left_out:
+            log.warning("%s: %s", path.name, sentence)
+        orientation = _orientation_of_loaded(image, said)
         info["icc_profile"] = image.info["icc_profile"] = said.icc or None
         if isinstance(info.get("comment"), bytes):
             info["comment"] = image.info["comment"] = without_jpegs(info["comment"])
         if image.has_transparency_data and target in NO_ALPHA and not (target == format_ == "GIF"):
             raise ValueError(f"{path.name} has transparency, which {target} cannot hold: use .png, .webp or .tif")
         canvas: PillowCanvas | ArrayCanvas
-        if raw_mode is not None and _keeps_depth(path, target, ("PNG",)):
-            canvas = ArrayCanvas(_displayed(png16.decode(metadata.png_for_decoder(data), raw_mode), orientation))
-        elif image.mode.startswith("I;16") and _keeps_depth(path, target, ("PNG", "TIFF")):
-            canvas = ArrayCanvas(_displayed(np.array(image, np.uint16), orientation))
+        deep = _deep_samples(path, image, raw_mode, data)
+        if deep is not None and "transparency" in image.info:
+            deep = png16.with_alpha(deep, image.info["transparency"])
+        if deep is not None and _keeps_depth(path, target, ("PNG", "TIFF") if deep.ndim == 2 else ("PNG",)):
+            canvas = ArrayCanvas(_displayed(deep, orientation))
         else:
             if image.mode == "CMYK" and target not in ("JPEG", "TIFF"):
                 said.icc = b""
-            working = _working_mode(path, image, target, data[24] if format_ == "PNG" else 8)
+            bits = data[24] if format_ == "PNG" else 8
+            working = _working_mode(path, image, target, bits) if deep is None else _in_eight_bits(deep)
             canvas = PillowCanvas(working.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else working)
     return Picture(canvas, format_, orientation, said, info, data, path.name)
 
@@ -277,8 +290,18 @@ def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
     with _guarded(path), _opened(path, data) as image:
         _refuse_frames(path, image)
         note_depth(image)
+        raw_mode = png16.raw_mode(image)
         _load(path, image, data)
-        return upright(image, path.name)
+        orientation = _orientation_of_loaded(image, metadata.read_metadata(image, data))
+        deep = _deep_samples(path, image, raw_mode, data)
+        if deep is None or deep.shape[2:] == (4,):
+            mask: Image.Image = image
+        elif deep.ndim == 3 and "transparency" in image.info:  # Pillow compares 8 bits with a colour of 16
+            mask = _in_eight_bits(png16.with_alpha(deep, image.info["transparency"]))
+        else:
+            mask = Image.fromarray(deep) if deep.ndim == 2 else image
+            mask.info = image.info
+        return mask.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else mask
 
 
 def stored_size(path: Path) -> Size:
@@ -414,6 +437,36 @@ def _refuse_deep_tiff(path: Path, image: Image.Image) -> None:
         )
 
 
+def _warn_of_extra_channels(path: Path, image: Image.Image) -> None:
+    channels = image.tag_v2.get(277, 1) if image.format == "TIFF" else 0  # type: ignore[attr-defined]
+    if channels > len(image.getbands()):
+        log.warning(
+            "%s: %d of its %d channels are read, the others left out", path.name, len(image.getbands()), channels
+        )
+
+
+def _orientation_of_loaded(image: Image.Image, said: Metadata) -> int:
+    """Return EXIF's orientation, 1 to 8, of pixels in memory: Pillow turns a TIFF while it reads it."""
+    return 1 if image.format == "TIFF" else said.orientation
+
+
+def _deep_samples(path: Path, image: Image.Image, raw_mode: str | None, data: bytes) -> NDArray[np.uint16] | None:
+    """Return uint16 H,W or H,W,C of a picture of 16 bits that is in memory, None for others."""
+    if raw_mode is not None:
+        return png16.decode(metadata.png_for_decoder(data), raw_mode)
+    if not image.mode.startswith("I;16"):
+        return None
+    tags = image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    if tags.get(258, (16,)) != (16,):  # Pillow does not scale them
+        raise ValueError(f"{path} has {tags[258][0]} bits a pixel: convert it to 16 bits, or to 8")
+    samples = np.array(image, np.uint16)
+    return 65535 - samples if tags.get(262) == 0 else samples  # Pillow does not invert what has 0 for white
+
+
+def _in_eight_bits(samples: NDArray[np.uint16]) -> Image.Image:
+    return Image.fromarray((samples >> 8).astype(np.uint8))
+
+
 def _keeps_depth(path: Path, target: str, formats: tuple[str, ...]) -> bool:
     """Return whether `target` can hold 16 bits of this picture; warn if it is lossy anyway, ValueError if it is not."""
     if target in formats:
@@ -426,8 +479,8 @@ def _keeps_depth(path: Path, target: str, formats: tuple[str, ...]) -> bool:
 
 def _working_mode(path: Path, image: Image.Image, target: str, bits: int) -> Image.Image:
     """Return the picture in the mode in which it is filled and written, every colour unchanged."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if target == "GIF" and image.mode in ("1", "L") and "transparency" in image.info:
+        return image.convert("L").convert("P")  # a grey palette, and the same number is transparent
     if image.mode in ("1", "L", "RGB") and "transparency" in image.info:
         return _with_alpha(image, bits)
     if image.mode in ("P", "PA") and target != "GIF":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
 from .geometry import Mask, Size
 
@@ -92,7 +92,7 @@ def mask_from_image(
     if from_alpha:
         if not image.has_transparency_data:
             raise ValueError(f"the mask was to come from an alpha channel, and the picture ({image.mode}) has none")
-        grey = image.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+        grey = _alpha(image).point(lambda alpha: 255 - alpha)
     else:
         grey = _grey(image)
     mask = np.asarray(grey) > threshold
@@ -207,7 +207,7 @@ def check_mask(mask: Mask, size: Size) -> None:
 def _is_partly_transparent(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
-    least, most = image.convert("RGBA").getchannel("A").getextrema()
+    least, most = _alpha(image).getextrema()
     return least != most
 
 
@@ -229,9 +229,18 @@ def note_depth(image: Image.Image) -> None:
             image.info[GREY_BITS] = int(match[1])
 
 
+def _alpha(image: Image.Image) -> Image.Image:
+    """Return the alpha channel, mode L, of a picture that has one or a transparent colour."""
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would compare 8 bits with a colour of 16
+        opaque = np.asarray(image) != image.info["transparency"]
+        return Image.fromarray(opaque.astype(np.uint8) * np.uint8(255))
+    return image.convert("RGBA").getchannel("A")
+
+
 def _grey(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return ImageChops.darker(grey, _alpha(image)) if image.has_transparency_data else grey
     if image.mode in ("I", "F"):
         raise ValueError(f"masks of 32-bit numbers (Pillow's mode {image.mode}) are not supported: save it as 8 bits")
     if image.has_transparency_data:

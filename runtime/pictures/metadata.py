@@ -48,6 +48,7 @@ XMP_TAG, IPTC_TAG = 700, 33723
 # What a TIFF says of its picture, not of its layout: title, make, model, software, date, artist, host, copyright, and
 # Windows' title, comment, author, keywords and subject.
 DESCRIPTIVE = (269, 270, 271, 272, 285, 305, 306, 315, 316, 33432, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F)
+GEOGRAPHIC = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF 1.1
 EXTENDED_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 IPTC_RESOURCE = 0x0404
 # IPTC and its digest, which would no longer hold; thumbnails; EXIF and XMP, which are carried by themselves.
@@ -72,6 +73,7 @@ class Metadata:
     icc: bytes = b""
     resources: bytes = b""  # Photoshop's, of a JPEG, besides IPTC and previews
     chunks: list[tuple[bytes, bytes]] = field(default_factory=list)  # a PNG's own, texts among them
+    left_out: list[str] = field(default_factory=list)  # a sentence each, after the file's name
 
     @property
     def orientation(self) -> int:
@@ -89,10 +91,10 @@ class Metadata:
         return replace(self, exif=turned_upright(self.exif), xmp=_XMP_ORIENTATION.sub(rb"\g<1>1", self.xmp))
 
 
-def read_metadata(name: str, image: Image.Image, data: bytes) -> Metadata:
-    """Return what the file `data` says, opened as `image`, without previews; a warning names what cannot be kept."""
+def read_metadata(image: Image.Image, data: bytes) -> Metadata:
+    """Return what the file `data` says, opened as `image`, without previews."""
     if image.format == "PNG":
-        found = _of_png(name, data)
+        found = _of_png(data)
     elif image.format == "TIFF":
         found = _of_tiff(data)
     else:
@@ -102,25 +104,25 @@ def read_metadata(name: str, image: Image.Image, data: bytes) -> Metadata:
         found.iptc = b"".join(_iptc(body) for kind, body in applications if kind == "APP13")
         found.resources = b"".join(_other_resources(body) for kind, body in applications if kind == "APP13")
         if any(kind == "APP1" and body.startswith(EXTENDED_XMP) for kind, body in applications):
-            log.warning("%s: its extended XMP is left out", name)
+            found.left_out.append("its extended XMP is left out")
     if image.format != "PNG":
         profile = image.info.get("icc_profile")
         found.icc = profile if isinstance(profile, bytes) else b""
     found.exif = found.exif.removeprefix(b"Exif\0\0")
     if found.exif and not entries_of(found.exif):
-        log.warning("%s: its EXIF data is damaged and left out", name)
+        found.left_out.append("its EXIF data is damaged and left out")
         found.exif = b""
     found.exif = exif_without_previews(found.exif)
     found.iptc = iptc_without_previews(found.iptc)
     if found.xmp and not (cleaned := xmp_without_previews(found.xmp)):
-        log.warning("%s: its XMP is damaged and left out", name)
+        found.left_out.append("its XMP is damaged and left out")
     found.xmp = cleaned if found.xmp else b""
     return found
 
 
 def png_for_decoder(data: bytes) -> bytes:
     """Return a PNG with what makes its pixels and, of EXIF, the orientation: no text can stop the decoder."""
-    parts, position, colour = [png16.SIGNATURE], len(png16.SIGNATURE), data[25:26]
+    parts, position, colour, kind = [png16.SIGNATURE], len(png16.SIGNATURE), data[25:26], b""
     for kind, body in png16.chunks(data):
         end = position + 12 + len(body)
         if kind == b"eXIf":
@@ -132,8 +134,7 @@ def png_for_decoder(data: bytes) -> bytes:
         elif kind in DECODED_CHUNKS or kind in (b"acTL", b"fcTL", b"fdAT"):
             parts.append(data[position:end])  # with its checksum, so that damage shows
         position = end
-    whole = data.endswith(b"IEND\xaeB`\x82")
-    return b"".join(parts) if whole else data
+    return b"".join(parts) if kind == b"IEND" else data
 
 
 def add_to_jpeg(name: str, encoded: bytes, metadata: Metadata) -> bytes:
@@ -209,12 +210,12 @@ def add_to_tiff(encoded: bytes, metadata: Metadata) -> bytes:
     return encoded[:4] + struct.pack(order + "I", len(encoded)) + encoded[8:] + directory
 
 
-def _of_png(name: str, data: bytes) -> Metadata:
+def _of_png(data: bytes) -> Metadata:
     found = Metadata()
     for kind, body in png16.chunks(data):
         key = body.split(b"\0", 1)[0]
         if not _is_sound(kind, body, data[25:26]):
-            log.warning("%s: its chunk %s is damaged and left out", name, kind.decode("latin-1"))
+            found.left_out.append(f"its chunk {kind.decode()} is damaged and left out")
         elif kind == b"eXIf":
             found.exif = body
         elif kind == b"iTXt" and key == XMP_KEY:
@@ -228,12 +229,12 @@ def _of_png(name: str, data: bytes) -> Metadata:
             elif what in (b"iptc", b"8bim"):
                 found.iptc = found.iptc or _iptc(profile)
             else:
-                log.warning("%s: its %s is left out", name, key.decode("latin-1"))
+                found.left_out.append(f"its {key.decode('latin-1')} is left out")
         elif kind in TEXT_CHUNKS:
             found.chunks.append((kind, text_without_previews(kind, body)))
         elif kind in COLOUR_CHUNKS or (kind[0] & 32 and kind[3] & 32 and kind not in DECODED_CHUNKS):
             if kind not in COLOUR_CHUNKS and jpegs_in(body):
-                log.warning("%s: its chunk %s holds a picture and is left out", name, kind.decode("latin-1"))
+                found.left_out.append(f"its chunk {kind.decode()} holds a picture and is left out")
                 continue
             found.chunks.append((kind, body))
             if kind == b"iCCP":
@@ -261,6 +262,8 @@ def _of_tiff(data: bytes) -> Metadata:
             found.iptc = entry.data
         elif entry.tag in DESCRIPTIVE or entry.tag in POINTERS:
             kept.append(entry)
+        elif entry.tag in GEOGRAPHIC and not found.left_out:
+            found.left_out.append("its place on the map (GeoTIFF) is left out")
     if kept:
         order = order_of(data)
         found.exif = data[:2] + struct.pack(order + "HI", 42, 8) + directory_bytes(kept, order, 8)

@@ -31,6 +31,13 @@ def decode(data: bytes, raw_mode: str) -> NDArray[np.uint16]:
     return high * np.uint16(256) + low
 
 
+def with_alpha(samples: NDArray[np.uint16], key: int | tuple[int, ...]) -> NDArray[np.uint16]:
+    """Return H,W,2 or H,W,4 of samples H,W or H,W,3: with alpha, which is 0 where they are the transparent colour."""
+    pixels = samples.reshape(*samples.shape[:2], -1)
+    opaque = (pixels != np.array(key)).any(axis=2)
+    return np.dstack([pixels, opaque * np.uint16(65535)])
+
+
 def encode(pixels: NDArray[np.uint16]) -> bytes:
     """Return a PNG file of uint16 H,W or H,W,C."""
     height, width = pixels.shape[:2]
@@ -55,10 +62,12 @@ def _decode_as(data: bytes, raw_mode: str) -> NDArray[np.uint8]:
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Return the kind and the body of each chunk of a PNG file."""
-    position = len(SIGNATURE)
-    while position + 12 <= len(data):
+    """Return the kind and the body of each chunk of a PNG file, up to its end or to the first that is cut or none."""
+    position, kind = len(SIGNATURE), b""
+    while position + 12 <= len(data) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
+        if position + 12 + length > len(data) or not (kind.isalpha() and kind.isascii()):
+            return
         yield kind, data[position + 8 : position + 8 + length]
         position += 12 + length
 

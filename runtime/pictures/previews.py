@@ -31,7 +31,7 @@ _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # The first bytes of a JPEG, a PNG and a WebP.
 _BASE64_PICTURE = re.compile(rb"(?:/9j/|iVBORw0KGgo|UklGR)(?:[A-Za-z0-9+/=\s]|&#x[AaDd];){64,}")
 _XMP_IMAGE = re.compile(rb"""(<([\w.-]+:image)(?:\s[^<>]*)?>)[^<]*(</\2\s*>)""")
-_XMP_IMAGE_ATTRIBUTE = re.compile(rb"""([\w.-]+:image\s*=\s*)(?:"[^"<]*"|'[^'<]*')""")
+_XMP_IMAGE_ATTRIBUTE = re.compile(rb"""((?<![\w.-])[\w.-]+:image\s*=\s*)(?:"[^"<]*"|'[^'<]*')""")
 
 
 def exif_without_previews(exif: bytes) -> bytes:
@@ -100,7 +100,7 @@ def info_without_previews(info: dict[Any, Any]) -> dict[Any, Any]:
 
 def iptc_without_previews(iptc: bytes) -> bytes:
     """Return IPTC records less those of a preview (IIM 4.2, 1.5: marker, record, data set, length, data)."""
-    kept, position = b"", 0
+    kept, position = [], 0
     while iptc[position : position + 1] == b"\x1c" and position + 5 <= len(iptc):
         start, length = position + 5, int.from_bytes(iptc[position + 3 : position + 5], "big")
         if length & 0x8000:  # the length of the length
@@ -108,9 +108,9 @@ def iptc_without_previews(iptc: bytes) -> bytes:
             length = int.from_bytes(iptc[start - size : start], "big") if size <= 4 else len(iptc)
         kind = (iptc[position + 1], iptc[position + 2])
         if kind not in IPTC_PREVIEWS and kind[0] not in IPTC_OBJECT:
-            kept += iptc[position : start + length]
+            kept.append(iptc[position : start + length])
         position = start + length
-    return without_jpegs(kept + iptc[position:])
+    return without_jpegs(b"".join(kept) + iptc[position:])
 
 
 def xmp_without_previews(xmp: bytes) -> bytes:

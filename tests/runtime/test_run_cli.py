@@ -196,6 +196,23 @@ def test_lama_pairs_in_one_folder(model: Path, tmp_path: Path) -> None:
     assert len(json.loads(again.stdout)["images"]) == 2  # its own outputs are no pictures to fill
 
 
+def test_a_comparison_that_cannot_be_written_leaves_no_picture(model: Path, tmp_path: Path) -> None:
+    """A later run with --skip-existing would take the picture for finished."""
+    _picture(tmp_path / "in" / f"{'n' * 246}.png")  # the comparison's name would be too long
+    options = ("-o", tmp_path / "out", "--concat")
+    assert _run(model, tmp_path / "in", _mask(tmp_path / "mask.png"), *options).exit_code == 5
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_dry_run_refuses_the_mask_that_a_run_refuses(model: Path, tmp_path: Path) -> None:
+    _picture(tmp_path / "photo.png")
+    mask = _mask(tmp_path / "mask.png", HOLE.T)
+    for options in ((), ("--dry-run",)):
+        result = _run(model, tmp_path / "photo.png", mask, "-o", tmp_path / "out.png", *options)
+        assert result.exit_code == 1
+        assert "the mask is 60x80 and the picture 80x60" in result.stderr
+
+
 def test_comparisons_overwrite_nothing_and_have_names_of_their_own(model: Path, tmp_path: Path) -> None:
     photo, mask = tmp_path / "photo.png", _mask(tmp_path / "mask.png")
     _picture(photo)
