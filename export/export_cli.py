@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..plugins.shared.command import command, print_json, print_line
 from ..plugins.shared.errors import MisfError
@@ -139,12 +140,17 @@ def main(
         raise click.UsageError("--onnx and --onnxruntime-web are for --web FOLDER")
     if (checkpoint is None) == (onnx is None):
         raise click.UsageError("give --checkpoint or, with --web, either --checkpoint or --onnx")
+    if triton is None and triton_backend != "auto":
+        raise click.UsageError("--triton-backend is for --triton FOLDER")
     if web is not None:
         others = {"--output": output, "--triton": triton, "--inline-functions": inline_functions}
         if flags := [*given(ctx), *(flag for flag, value in others.items() if value)]:
             raise click.UsageError(f"{', '.join(flags)} cannot be combined with --web, which writes its own folder")
         if onnx and (fp16 or precision or config):
             raise click.UsageError("--precision, --fp16 and --config are for --checkpoint; --onnx is used unchanged")
+        limit_given = ctx.get_parameter_source("range_limit") is ParameterSource.COMMANDLINE
+        if onnx and (calibration or limit_given):
+            raise click.UsageError("--calibration and --range-limit are for --checkpoint; --onnx is used unchanged")
         chosen = "fp16" if fp16 else precision or "fp16"
         if onnx is None:
             _need_export()  # before anything is fetched

@@ -134,8 +134,9 @@ def _description(onnx_file: Path, site: Path, version: str) -> dict[str, Any]:
 def _runtime_files(package: Path) -> dict[str, Path]:
     """Return the files of ONNX Runtime that a browser needs, with their licences: name on the page -> path."""
     try:
-        name = json.loads((package / "package.json").read_text(encoding="utf-8"))["name"]
-    except (OSError, ValueError, KeyError):
+        description = json.loads((package / "package.json").read_text(encoding="utf-8"))
+        name = description["name"] if "version" in description else None
+    except (OSError, ValueError, KeyError, TypeError):
         name = None
     missing = [file for file in (SCRIPT, WASM) if not (package / file).is_file()]
     if name != PACKAGE or missing:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,21 +86,20 @@ def _listed(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise MisfError(f"{path}: expected a list of paths in UTF-8, found other bytes") from error
+    entries: Any = [line.strip() for line in text.splitlines()]
     if text.lstrip().startswith(("[", "{")):
         try:
             entries = json.loads(text)
         except json.JSONDecodeError as error:
-            raise MisfError(
-                f"{path}: expected a JSON array of paths, found a syntax error in line {error.lineno}"
-            ) from error
+            if re.match(r'\s*[\[{]\s*"', text):  # else it is a name that begins with a bracket
+                raise MisfError(
+                    f"{path}: expected a JSON array of paths, found a syntax error in line {error.lineno}"
+                ) from error
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             raise MisfError(f"{path}: expected a JSON array of paths")
-    else:
-        entries = [line.strip() for line in text.splitlines()]
-    entries = [entry for entry in entries if entry]
-    if not entries:
+    if not (paths := [entry for entry in entries if entry]):
         raise MisfError(f"{path}: the list is empty")
-    return entries
+    return paths
 
 
 def read_picture(path: str | os.PathLike[str], short_side: int | None = None) -> Picture:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +82,9 @@ class RunFolder:
             return None
         try:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
-        except PermissionError:
+        except (PermissionError, MemoryError):
             raise
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        except Exception as error:  # of damaged bytes, whatever the unpickler stumbles over
             raise MisfError(f"{self.state} is damaged: start a new run with --init-from {self.weights}") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise MisfError(f"{self.state} is not the state of a training run by this version of misf")

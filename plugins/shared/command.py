@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import click
 
-from .errors import FAILURE, INTERRUPTED, MisfError
+from .errors import ENVIRONMENT, FAILURE, INTERRUPTED, MisfError
 
 LONGEST_LINE = 800
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -164,9 +164,10 @@ class Command(click.Command):
             _fail(f"{name}: {' '.join(error.format_message().split())}{hint}", error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             _fail(f"{name}: interrupted", INTERRUPTED)
-        except (MisfError, ValueError, OSError, MemoryError) as error:
+        except (MisfError, ValueError, OSError, MemoryError, ImportError) as error:
             log.debug("the failure in full:", exc_info=True)
-            _fail(f"{name}: {one_line(error)}", getattr(error, "exit_code", FAILURE))
+            code = ENVIRONMENT if isinstance(error, ImportError) else getattr(error, "exit_code", FAILURE)
+            _fail(f"{name}: {one_line(error)}", code)
         finally:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)

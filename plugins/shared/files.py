@@ -61,6 +61,8 @@ def folder_written_whole(target: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_dir():
         raise OSError(f"cannot write {target}: it is not a folder")
+    if Path.cwd().is_relative_to(path):  # this and the user's other programs would stand in a folder that is gone
+        raise OSError(f"cannot replace {target}: the working folder is in it, so name another")
     temporary, former = (path.with_name(f"{_PREFIX}{secrets.token_hex(8)}") for _ in range(2))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

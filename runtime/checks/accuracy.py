@@ -104,11 +104,13 @@ def compare(inpaint: Inpaint, reference: Inpaint, image: Array, mask: Array) -> 
     """
     hole = np.broadcast_to(mask > 0.5, image.shape)
     size = "x".join(map(str, (image.shape[0], *image.shape[2:])))
-    wanted = reference(image, mask)
     try:
+        which = "reference"
+        wanted = reference(image, mask)
+        which = "model"
         got = inpaint(image, mask)
     except Exception as error:  # the backends' exceptions share no base class
-        raise MisfError(f"the model fails at {size}: {one_line(error)}") from error
+        raise MisfError(f"the {which} fails at {size}: {one_line(error)}") from error
     if got.shape != wanted.shape:
         raise MisfError(f"the model returned a picture of shape {got.shape} for {size}, expected {wanted.shape}")
     difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
@@ -176,7 +178,8 @@ def load_photographs(folder: Path = SAMPLES) -> list[NDArray[np.uint8]]:
     """
     from ..pictures.image_io import read_rgb
 
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    shown = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    found = sorted(path for path in shown if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     names = [path for path in found if folder != SAMPLES or path.stem in SAMPLE_NAMES]
     if not names:
         raise ValueError(f"expected .jpg, .png or .webp pictures in {folder}, found none")

@@ -74,6 +74,10 @@ def compare_layers(
     """
     if set(found) != set(reference):
         odd = ", ".join(sorted(set(found) ^ set(reference))[:4])
+        if set(found) < set(reference) and all("filter" in name for name in set(reference) - set(found)):
+            raise MisfError(
+                f"the model's filters are no layers of its own ({odd}): export it without --inline-functions to compare"
+            )
         raise MisfError(f"the model's layers are not those of the checkpoint's network ({odd}): give the right one")
     errors: dict[str, float] = {}
     results = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -26,6 +27,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="two: it is not a folder"), folder_written_whole(target / "two"):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder", "two"]  # nothing temporary is left
+    for here in (target, target.parent):
+        with (
+            contextlib.chdir(target),
+            pytest.raises(OSError, match="the working folder is in it"),
+            folder_written_whole(here),
+        ):
+            pass
 
 
 def test_records_are_appended_as_lines_and_a_line_cut_off_stays_by_itself(tmp_path: Path) -> None:

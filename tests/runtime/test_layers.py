@@ -38,6 +38,13 @@ def run(model: Path, checkpoint: Path, *options: str) -> Any:
     return CliRunner().invoke(verify, [str(argument) for argument in arguments])
 
 
+def test_filters_that_are_inlined_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = export_onnx(load_checkpoint(tiny_checkpoint), tmp_path / "inlined.onnx", inline=True).path
+    result = run(path, tiny_checkpoint)
+    assert result.exit_code == 1
+    assert "without --inline-functions" in result.stderr
+
+
 def scaled(source: Path, target: Path, weight: str, factor: float) -> Path:
     """Return a copy of a file in which one weight is `factor` times what it was."""
     model = onnx.load(source)

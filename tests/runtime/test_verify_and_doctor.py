@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,30 @@ def test_doctor_notices_wrong_numbers_and_crashes(monkeypatch: pytest.MonkeyPatc
     assert problems["pytorch cpu"].startswith("wrong numbers")
     assert problems["onnxruntime cpu"] == "RuntimeError: no such provider"
     assert problems["openvino cpu"] is None
+
+
+def test_doctor_tells_of_a_backend_that_is_broken(tmp_path: Path) -> None:
+    """Installed, and it cannot be imported: what doctor is asked about."""
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command in (["checks.doctor", "--json"], ["run_cli", "misf-small", "a.png", "b.png"]):
+        code = f"from misf.runtime.{command[0]} import main; main({command[1:]!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert "Traceback" not in done.stderr
+        if command[-1] == "--json":
+            assert done.returncode == 1
+            problems = {check["backend"]: check["problem"] for check in json.loads(done.stdout)["op"]}
+            assert "libcudart.so.13" in problems["onnxruntime cpu"]
+            assert problems["pytorch cpu"] is None
+
+
+def test_hidden_files_are_no_photographs(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")  # what a Mac puts beside it
+    assert len(accuracy.load_photographs(tmp_path)) == 1
 
 
 def test_doctor_runs_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import os
 import pickle
 import struct
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,6 +167,8 @@ def test_weights_alone_are_recognised_and_what_lies_beside_them_is_left_out(
     files: dict[str, Any] = {
         "plain.pt": state,
         "averaged.pt": {"params_ema": {f"module._orig_mod.{name}": value for name, value in state.items()}},
+        "settings.pt": {"network": state, "generator": {}, "model": {"name": "misf", "width": 8}},
+        "scores.pt": {"weights": state, "best": np.float64(3.2), "by_band": defaultdict(dict, {"a": {1: 2.0}})},
         "last.ckpt": {"state_dict": lightning, "epoch": 3, "optimizer_states": [{}], **settings},
     }
     for name, content in files.items():

@@ -75,6 +75,13 @@ def test_lists(tree: Path, style: str) -> None:
     assert all(path.is_file() for path in picture_paths(path))
 
 
+def test_a_list_of_names_in_brackets(tree: Path) -> None:
+    for name in ("[a].png", "{b}.png", "[1].png"):
+        (tree / name).write_bytes((tree / "b.png").read_bytes())
+        (tree / "list.txt").write_text(f"{name}\nb.png\n")
+        assert names(picture_paths(tree / "list.txt"), tree) == [name, "b.png"]
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -237,6 +237,31 @@ def test_command(files: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(filled), np.asarray(inpaint(photo, files / "mask.png")))
 
 
+@pytest.mark.parametrize("size", [(300, 100), (150, 100), (240, 225)], ids=str)
+def test_coarse_maps_lie_where_the_picture_does(size: tuple[int, int], tmp_path: Path) -> None:
+    """A value of the shipped network's features is a square of pixels, whatever the size."""
+    width, height = size
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / "photo.png")
+    mask = np.zeros((height, width), np.uint8)
+    mask[40:60, 60:90] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    network = network_of(PRESETS["misf-small"])
+    save_checkpoint(tmp_path / "small.safetensors", network.config, network.state_dict())
+    arguments = (tmp_path / "small.safetensors", tmp_path / "photo.png", tmp_path / "mask.png")
+    result = run(*arguments, "-o", tmp_path / "page")
+    assert result.exit_code == 0, result.stderr
+    factor = PRESETS["misf-small"].scale << (PRESETS["misf-small"].feature_filter_level - 1)
+    energy = np.asarray(Image.open(tmp_path / "page" / "energy-after.png")).astype(int)
+    energy[38:62, 58:92] = 0  # the hole's outline
+    rows = np.flatnonzero(np.abs(np.diff(energy[:, :50], axis=0)).sum((1, 2))) + 1
+    columns = np.flatnonzero(np.abs(np.diff(energy[:36], axis=1)).sum((0, 2))) + 1
+    assert len(rows)
+    assert len(columns)
+    assert not (rows % factor).any()
+    assert not (columns % factor).any()
+
+
 def test_a_network_without_filters(files: Path, tmp_path: Path) -> None:
     arguments = (files / "unfiltered.safetensors", files / "photo.png", files / "mask.png", "-o", tmp_path / "page")
     numbers = json.loads(run(*arguments, "--json").stdout)

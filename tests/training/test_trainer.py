@@ -481,6 +481,12 @@ def test_init_from_and_resume_rules(photographs: Path, tmp_path: Path, tiny_chec
         damaged = invoke("--resume", "--output", output)
         assert damaged.exit_code == 1
         assert "state.pt is damaged" in damaged.stderr.splitlines()[-1]
+    for position in range(60, 900, 7):
+        flipped = bytearray(state)
+        flipped[position] ^= 4
+        (output / "state.pt").write_bytes(flipped)
+        with suppress(MisfError):  # whatever the unpickler stumbles over
+            RunFolder(output).read_state()
     (output / "run.json").write_text("{}")
     lacking = invoke("--resume", "--output", output)
     assert lacking.exit_code == 1

@@ -150,11 +150,11 @@ def main(
         "resize": resize,
         "seed": seed,
         "per_band": per_band,
-        "masks": masks if masks == "random" else Path(masks).name,
+        "masks": masks if masks == "random" else Path(masks).resolve().name,
         "by": by,
     }
     if as_json:
-        report = document(methods, data.name, pictures, settings, details=True, by=by)
+        report = document(methods, data.resolve().name, pictures, settings, details=True, by=by)
         print_json({"misf": misf_version(), **report})
     else:
         _print_table(methods, by, list(distances))

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...plugins.shared.command import one_line
+from ...plugins.shared.errors import MisfError
 from ...plugins.shared.files import sha256
 from ...runtime.pictures.geometry import Mask
 from ..dataset import Pictures
@@ -212,7 +214,11 @@ def model_fill(
 
     def fill(picture: Picture, hole: Mask) -> NDArray[np.generic]:
         image = np.ascontiguousarray(picture.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
-        filled: NDArray[np.float32] = run(image, hole[None, None].astype(np.float32))[0]
+        try:
+            filled: NDArray[np.float32] = run(image, hole[None, None].astype(np.float32))[0]
+        except Exception as error:  # the backends' exceptions share no base class
+            size = f"{picture.shape[1]}x{picture.shape[0]}"
+            raise MisfError(f"{Path(path).name} fails at a picture of {size}: {one_line(error)}") from error
         return filled.transpose(1, 2, 0)
 
     return fill, f"{run.name} {run.device} {run.precision}"

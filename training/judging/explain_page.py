@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 from pathlib import Path
@@ -119,13 +120,14 @@ class _Drawing:
         self._edge = hole & ~inner
         self.names: list[str] = []
 
-    def figure(self, name: str, rgb: Rgb, caption: str, outline: bool = True, over: str = "", legend: str = "") -> str:
-        """Write a picture h,w,3, enlarged to the whole picture's size by repeating pixels, and return its figure.
+    def figure(
+        self, name: str, rgb: Rgb, caption: str, outline: bool = True, over: str = "", legend: str = "", factor: int = 1
+    ) -> str:
+        """Write a picture h,w,3, enlarged by a factor to the whole picture's size, and return its figure.
 
         over: SVG to lay over it, in pixels of the picture. legend: HTML below the caption.
         """
         height, width = self._size
-        factor = -(-height // rgb.shape[0])
         rgb = np.repeat(np.repeat(rgb, factor, 0), factor, 1)[:height, :width].copy()
         if outline:
             rgb[self._edge] = OUTLINE
@@ -195,10 +197,11 @@ def _feature_filter(draw: _Drawing, found: Explanation, features: FeatureFilter)
     change = 255 * np.abs(np.where(found.hole[..., None], features.left_out, 0)).mean(2)
     top = max(float(np.percentile(change[found.hole], 99)), 0.1)
     size = steps(features.left_out, found.hole)
+    coarse = functools.partial(draw.figure, factor=features.factor)
     figures = [
-        draw.figure("energy-before", _ramp(logs[0], low, high, HEAT), "energy before, logarithmic", legend=legend),
-        draw.figure("energy-after", _ramp(logs[1], low, high, HEAT), "energy after, same scale", legend=legend),
-        draw.figure(
+        coarse("energy-before", _ramp(logs[0], low, high, HEAT), "energy before, logarithmic", legend=legend),
+        coarse("energy-after", _ramp(logs[1], low, high, HEAT), "energy after, same scale", legend=legend),
+        coarse(
             "energy-change",
             _ramp(decibels, -reach, reach, DIVERGING),
             "change of the energy in dB",
@@ -244,6 +247,7 @@ def _picture_filter(draw: _Drawing, found: Explanation, taps: PictureFilter, poi
         f'<span class="legend"><svg class="wheel" viewBox="-1 -1 2 2" role="img" aria-label="colour of each direction">'
         f"{_wheel()}</svg>full colour: {reach:.2g} pixels or more, white: none</span>"
     )
+    coarse = functools.partial(draw.figure, factor=taps.factor)
     figures = [
         draw.figure(
             "points",
@@ -251,13 +255,13 @@ def _picture_filter(draw: _Drawing, found: Explanation, taps: PictureFilter, poi
             "the points whose taps are shown below",
             over=marks or "<g></g>",
         ),
-        draw.figure(
+        coarse(
             "direction",
             _direction_colours(offset, reach),
             "direction in which the centre of mass of |taps| lies from each pixel",
             legend=wheel,
         ),
-        draw.figure(
+        coarse(
             "spread",
             _ramp(spread, low, high, HEAT),
             "spread of |taps| around it, in pixels",

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -200,6 +201,14 @@ IGNORED_MODULES = (
 """Modules whose objects training programs save beside the weights as settings. These objects are ignored."""
 
 
+PLAIN_CLASSES = ((_Ignored, "collections.defaultdict"), dict, list, tuple, set, str, int, float, bool)
+"""What settings name, OmegaConf's among them, and what does nothing."""
+
+NUMPY_CLASSES = (np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__))
+NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+"""What makes NumPy's numbers, such as a best score; the names of the function before NumPy 2 and since."""
+
+
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Return the dict in a .pt or .pth file; no code from the file runs."""
     damaged = f"{path} is not a PyTorch checkpoint, or is damaged: copy or download it again"
@@ -237,7 +246,9 @@ def _ignored_classes(path: Path) -> list[Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # loading the file gives a better message, whatever is wrong with it
         return []
-    return [(_Ignored, name) for name in names if name.split(".")[0] in IGNORED_MODULES]
+    ignored = [(_Ignored, name) for name in names if name.split(".")[0] in IGNORED_MODULES]
+    scalar = np.float64(0).__reduce__()[0]
+    return [*ignored, *((scalar, name) for name in NUMPY_SCALAR), *NUMPY_CLASSES, *PLAIN_CLASSES]
 
 
 WRAPPERS = ("generator", "state_dict", "model_state_dict", "model", "params_ema", "params", "network", "weights")
@@ -255,7 +266,9 @@ def _interpret(
         return own, content["network"]
     if "discriminator" in content and "generator" not in content:
         raise MisfError(f"{path} is an official discriminator (*_dis.pth): give the generator's file (*_gen.pth)")
-    state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    wrapped = [content[key] for key in WRAPPERS if isinstance(content.get(key), dict)]
+    of_tensors = (inner for inner in wrapped if any(isinstance(value, Tensor) for value in inner.values()))
+    state = next(of_tensors, wrapped[0] if wrapped else content)  # others hold settings
     if not all(isinstance(value, Tensor) for value in state.values()) or not state:
         keys = ", ".join(map(str, list(content)[:4]))
         raise MisfError(f"{path} holds no weights that misf recognises (keys: {keys}): expected a misf checkpoint")
@@ -303,7 +316,7 @@ def _preset_of(path: Path, weights: Mapping[str, Tensor]) -> NetworkConfig:
             return config
     raise MisfError(
         f"{path} holds weights without their network's config (such as {_some(list(weights), 3)}), and no preset fits: "
-        "give --config FILE (the JSON of NetworkConfig.to_json, or a run's run.json)"
+        "misf-export takes it by --config FILE (the JSON of NetworkConfig.to_json, or a run's run.json)"
     )
 
 
