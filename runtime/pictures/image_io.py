@@ -293,13 +293,12 @@ def open_mask(path: Path, data: bytes | None = None) -> Image.Image:
         raw_mode = png16.raw_mode(image)
         _load(path, image, data)
         orientation = _orientation_of_loaded(image, metadata.read_metadata(image, data))
-        deep = _deep_samples(path, image, raw_mode, data)
-        if deep is None or deep.shape[2:] == (4,):
-            mask: Image.Image = image
-        elif deep.ndim == 3 and "transparency" in image.info:  # Pillow compares 8 bits with a colour of 16
-            mask = _in_eight_bits(png16.with_alpha(deep, image.info["transparency"]))
-        else:
-            mask = Image.fromarray(deep) if deep.ndim == 2 else image
+        mask: Image.Image = image
+        if raw_mode is not None and "transparency" in image.info:  # Pillow compares 8 bits with a colour of 16
+            samples = png16.decode(metadata.png_for_decoder(data), raw_mode)
+            mask = _in_eight_bits(png16.with_alpha(samples, image.info["transparency"]))
+        elif (grey := _deep_samples(path, image, None, data)) is not None:
+            mask = Image.fromarray(grey)
             mask.info = image.info
         return mask.transpose(DISPLAYS[orientation]) if orientation in DISPLAYS else mask
 
